@@ -1,0 +1,7 @@
+"""k-nearest-neighbour language models for fairseq (Khandelwal et al., ICLR 2020).
+
+Importing this package, which is what ``--user-dir`` does, registers the task ``knnlm_lm``.
+"""
+
+from . import task as _registers_knnlm_lm  # noqa: F401
+from .version import __version__  # noqa: F401

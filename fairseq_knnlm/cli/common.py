@@ -1,0 +1,139 @@
+"""What the commands share: the flags of ``fairseq-eval-lm``, logging, and loading as it loads."""
+
+import logging
+import os
+import sys
+from typing import Callable, List, Optional
+
+import torch
+from fairseq import checkpoint_utils, distributed_utils, options, tasks, utils
+from fairseq.dataclass.utils import convert_namespace_to_omegaconf
+from fairseq.logging import progress_bar
+
+import fairseq_knnlm
+
+from ..config import datastore_paths
+from ..errors import UserError
+
+
+def configure_logging() -> None:
+    """Log in fairseq's own format, to standard output."""
+    logging.basicConfig(
+        format="%(asctime)s | %(levelname)s | %(name)s | %(message)s",
+        datefmt="%Y-%m-%d %H:%M:%S",
+        level=os.environ.get("LOGLEVEL", "INFO").upper(),
+        stream=sys.stdout,
+        force=True,  # importing fairseq has configured it already, in another format
+    )
+
+
+def make_parser(description: str, gen_subset: str):
+    """The parser of ``fairseq-eval-lm``, for the task ``knnlm_lm``."""
+    parser = options.get_eval_lm_parser(default_task="knnlm_lm")
+    parser.description = description
+    parser.set_defaults(gen_subset=gen_subset, user_dir=os.path.dirname(fairseq_knnlm.__file__))
+    return parser
+
+
+def run(parser, main: Callable, argv: Optional[List[str]] = None) -> None:
+    """Parse the command line and call ``main(cfg, args)`` in every process it asks for."""
+    configure_logging()
+    args = options.parse_args_and_arch(parser, input_args=argv)
+    distributed_utils.call_main(convert_namespace_to_omegaconf(args), main, args=args)
+
+
+def require_datastore(cfg) -> List[str]:
+    """The directories that ``--knn-datastore`` names.
+
+    Raises:
+        UserError: if it is missing.
+    """
+    paths = datastore_paths(cfg.task)
+    if not paths:
+        raise UserError("fairseq_knnlm: --knn-datastore is missing: which directory?")
+    return paths
+
+
+def load_task_and_model(cfg):
+    """Task and model as ``fairseq-eval-lm`` sets them up.
+
+    Returns:
+        tuple: the task and the model, in evaluation mode, on the device that the flags ask for.
+
+    Raises:
+        UserError: if ``--path`` names no checkpoint, or several.
+    """
+    path = cfg.common_eval.path
+    if not path:
+        raise UserError("fairseq_knnlm: --path is missing: which checkpoint?")
+    if not os.path.exists(path):
+        ensemble = os.pathsep in path and all(map(os.path.exists, path.split(os.pathsep)))
+        raise UserError(
+            "fairseq_knnlm: an ensemble of models is not supported: --path must name one checkpoint"
+            if ensemble
+            else f"fairseq_knnlm: --path {path}: no such checkpoint"
+        )
+    if not os.path.exists(os.path.join(cfg.task.data, "dict.txt")):
+        raise UserError(
+            f"fairseq_knnlm: {cfg.task.data} is no directory made by fairseq-preprocess: it has no "
+            "dict.txt"
+        )
+    cfg.task.tokens_per_sample -= cfg.eval_lm.context_window
+    task = tasks.setup_task(cfg.task)
+    (model,), _, task = checkpoint_utils.load_model_ensemble_and_task(
+        [path],
+        arg_overrides=eval(cfg.common_eval.model_overrides),  # as fairseq-eval-lm reads it
+        suffix=cfg.checkpoint.checkpoint_suffix,
+        strict=cfg.checkpoint.checkpoint_shard_count == 1,
+        num_shards=cfg.checkpoint.checkpoint_shard_count,
+        task=task,
+    )
+    if cfg.common.fp16:
+        model.half()
+    if torch.cuda.is_available() and not cfg.common.cpu:
+        torch.cuda.set_device(cfg.distributed_training.device_id)
+        model.cuda()
+    model.prepare_for_inference_(cfg)
+    model.eval()  # returns None after prepare_for_inference_
+    return task, model
+
+
+def to_device(sample, device):
+    """Move a sample to the model's device."""
+    return utils.move_to_cuda(sample, device=device) if device.type == "cuda" else sample
+
+
+def max_tokens(cfg) -> int:
+    """``--max-tokens``, or the default of ``fairseq-eval-lm``."""
+    return cfg.dataset.max_tokens or 36000
+
+
+def max_positions(model) -> int:
+    """Longest input of the model."""
+    return utils.resolve_max_positions(model.max_positions())
+
+
+def with_progress(cfg, iterator, prefix: str):
+    """fairseq's progress bar in the form that ``--log-format`` asks for."""
+    return progress_bar.progress_bar(
+        iterator,
+        log_format=cfg.common.log_format,
+        log_interval=cfg.common.log_interval,
+        prefix=prefix,
+        default_log_format="simple" if cfg.common.no_progress_bar else "tqdm",
+    )
+
+
+def load_split(task, cfg, split: str):
+    """Load a split of the data.
+
+    Raises:
+        UserError: if there is none of that name.
+    """
+    try:
+        task.load_dataset(split)
+    except FileNotFoundError:
+        raise UserError(
+            f"fairseq_knnlm: {cfg.task.data} has no split {split!r} (--gen-subset)"
+        ) from None
+    return task.dataset(split)

@@ -1,0 +1,56 @@
+"""``fairseq-knnlm-info``: what is in a datastore; ``--verify`` reads it all and checks it."""
+
+import argparse
+import sys
+
+from ..datastore import Datastore
+from ..errors import UserError
+
+
+def make_parser():
+    """The parser of this command."""
+    parser = argparse.ArgumentParser(
+        description="Print what a datastore holds and what it was built with."
+    )
+    parser.add_argument("datastore", metavar="DIR", help="datastore directory")
+    parser.add_argument(
+        "--verify", action="store_true", help="read every byte and compare it with its checksum"
+    )
+    return parser
+
+
+def main(argv=None):
+    """Entry point of ``fairseq-knnlm-info``."""
+    args = make_parser().parse_args(argv)
+    datastore = Datastore.open(args.datastore)
+    print("\n".join(describe(datastore)))
+    if args.verify:
+        faults = list(datastore.verify())
+        for fault in faults:
+            print(f"{args.datastore}/{fault}", file=sys.stderr)
+        if faults:
+            raise UserError(f"fairseq_knnlm: {args.datastore} is damaged; build it again")
+        print("verified: every byte is as it was written")
+
+
+def describe(datastore: Datastore):
+    """Lines that a person understands."""
+    manifest = datastore.manifest
+    context, index, key = manifest["context"], manifest["index"], manifest["key"]
+    size = sum(entry["size_bytes"] for entry in manifest["files"].values())
+    yield f"datastore    {datastore.path}"
+    yield f"entries      {len(datastore):,} of {datastore.dimension} dimensions"
+    yield f"size         {size:,} bytes, {size / len(datastore):.0f} an entry"
+    yield f"key          {key['type']} of layer {key['layer']}, metric {manifest['metric']}"
+    yield f"index        {index['factory']} (FAISS {index['faiss_version']})"
+    yield (
+        f"text         split {manifest['data']['split']}, blocks of "
+        f"{context['tokens_per_sample'] - context['context_window']} tokens with "
+        f"{context['context_window']} of context, break mode {context['sample_break_mode']}"
+    )
+    yield f"dictionary   {manifest['dictionary']['types']:,} types"
+    yield (
+        f"model        {manifest['model']['parameters']:,} parameters, sha256 "
+        f"{manifest['model']['sha256'][:12]}"
+    )
+    yield "versions     " + ", ".join(f"{k} {v}" for k, v in manifest["versions"].items())

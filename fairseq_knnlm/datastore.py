@@ -1,0 +1,565 @@
+"""Keys, values and manifest on disk: what reads them, and what writes them so that they can be
+trusted.
+
+A datastore is a directory that explains itself:
+
+- ``manifest.json``, written last: what is in it, of which model and text, with checksums;
+- ``keys.npy``, float16, shape (N, D), and ``values.npy``, the smallest unsigned integer that
+  holds the vocabulary, shape (N,), both in corpus order: the context of row i is the values
+  before it;
+- ``index.faiss``, the search structure over the keys.
+
+While it is written there is no manifest. The writer keeps a journal instead, one line for each
+chunk of rows that is whole, with its checksums: a killed dump goes on from there, after checking
+that what the journal says is really on the disk.
+"""
+
+import contextlib
+import fcntl
+import io
+import json
+import os
+import shutil
+import zlib
+from typing import Dict, Iterator, List, NamedTuple, Sequence, Tuple
+
+import numpy as np
+
+from .errors import UserError
+
+FORMAT_VERSION = 1
+KEY_DTYPE = np.dtype("float16")
+MANIFEST, SETTINGS, LOCK = "manifest.json", "building.json", "building.lock"
+KEYS, VALUES, INDEX = "keys.npy", "values.npy", "index.faiss"
+INDEX_WORK = "index.building"
+_READ_BYTES = 1 << 24
+
+
+def value_dtype(vocabulary_size: int) -> np.dtype:
+    """The smallest unsigned integer that holds every token id below *vocabulary_size*."""
+    return np.min_scalar_type(max(vocabulary_size - 1, 0))
+
+
+def checksum(data) -> str:
+    """CRC-32 of bytes or of an array's memory, as 8 hexadecimal digits."""
+    return f"{zlib.crc32(memoryview(data).cast('B')):08x}"
+
+
+def file_checksum(path: str) -> str:
+    """CRC-32 of a whole file."""
+    crc = 0
+    with open(path, "rb") as file:
+        while True:
+            data = file.read(_READ_BYTES)
+            if not data:
+                return f"{crc:08x}"
+            crc = zlib.crc32(data, crc)
+
+
+def _render(manifest: Dict) -> bytes:
+    """The one byte representation of a manifest, which holds the checksum of the rest of it."""
+    rest = {name: value for name, value in manifest.items() if name != "checksum"}
+    rest["checksum"] = checksum(json.dumps(rest, sort_keys=True).encode())
+    return json.dumps(rest, indent=1, sort_keys=True).encode() + b"\n"
+
+
+def write_atomically(path: str, data: bytes) -> None:
+    """Write a file that is either whole or not there, also after a power cut."""
+    temporary = f"{path}.tmp"
+    with open(temporary, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def npy_header(shape: Tuple[int, ...], dtype: np.dtype) -> bytes:
+    """The bytes in front of the data of a C-ordered ``.npy`` file."""
+    buffer = io.BytesIO()
+    np.lib.format.write_array_header_1_0(
+        buffer,
+        {
+            "descr": np.lib.format.dtype_to_descr(dtype),
+            "fortran_order": False,
+            "shape": tuple(shape),
+        },
+    )
+    return buffer.getvalue()
+
+
+class Datastore:
+    """A finished datastore, opened for reading.
+
+    Attributes:
+        path (str): the directory.
+        manifest (dict): what it says of itself.
+        keys (ndarray): shape (N, D), float16, memory-mapped.
+        values (ndarray): shape (N,), unsigned, memory-mapped.
+    """
+
+    def __init__(self, path: str, manifest: Dict):
+        self.path = path
+        self.manifest = manifest
+        self.keys = np.load(os.path.join(path, KEYS), mmap_mode="r")
+        self.values = np.load(os.path.join(path, VALUES), mmap_mode="r")
+
+    @classmethod
+    def open(cls, path: str) -> "Datastore":
+        """Open a datastore after checking that it is whole: files, sizes, shapes.
+
+        Raises:
+            UserError: if there is none, or it is unfinished, truncated or of another format.
+        """
+        manifest = read_manifest(path)
+        for name, entry in manifest["files"].items():
+            _check_size(os.path.join(path, name), entry["size_bytes"])
+        for name, shape, dtype in _layout(manifest):
+            header = npy_header(shape, dtype)
+            with open(os.path.join(path, name), "rb") as file:
+                if file.read(len(header)) != header:
+                    raise UserError(
+                        f"fairseq_knnlm: {os.path.join(path, name)} is no {dtype} array of shape "
+                        f"{shape}, as its manifest says; the datastore is damaged, build it again"
+                    )
+        return cls(path, manifest)
+
+    def __len__(self) -> int:
+        return self.manifest["count"]
+
+    @property
+    def dimension(self) -> int:
+        """D, the size of a key."""
+        return self.manifest["dimension"]
+
+    @property
+    def index_path(self) -> str:
+        """Where the FAISS index lies."""
+        return os.path.join(self.path, INDEX)
+
+    def verify(self) -> Iterator[str]:
+        """Read everything; yield one line for each byte range that is not what was written."""
+        ends = self.manifest["chunks"]["rows"]
+        for name, array in ((KEYS, self.keys), (VALUES, self.values)):
+            header_bytes = len(npy_header(array.shape, array.dtype))
+            row_bytes = array.nbytes // max(len(array), 1)
+            for start, stop, expected in zip([0] + ends, ends, self.manifest["chunks"][name]):
+                if checksum(np.ascontiguousarray(array[start:stop])) != expected:
+                    first, last = header_bytes + start * row_bytes, header_bytes + stop * row_bytes
+                    yield f"{name}: damaged between bytes {first} and {last - 1}"
+        if file_checksum(self.index_path) != self.manifest["files"][INDEX]["checksum"]:
+            yield f"{INDEX}: damaged between bytes 0 and {os.path.getsize(self.index_path) - 1}"
+
+
+def read_manifest(path: str) -> Dict:
+    """The manifest of a finished datastore.
+
+    Raises:
+        UserError: if there is none, it cannot be read, or it is of a version we do not know.
+    """
+    if not os.path.isdir(path):
+        raise UserError(f"fairseq_knnlm: no datastore at {path}: no such directory")
+    try:
+        with open(os.path.join(path, MANIFEST), "rb") as file:
+            data = file.read()
+        manifest = json.loads(data)
+        version = manifest["format_version"]
+    except FileNotFoundError:
+        state = (
+            "is unfinished: run the same fairseq-knnlm-build command again and it goes on"
+            if os.path.exists(os.path.join(path, SETTINGS))
+            else f"is no datastore: it has no {MANIFEST}"
+        )
+        raise UserError(f"fairseq_knnlm: {path} {state}") from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"fairseq_knnlm: {path}/{MANIFEST} is damaged: {error}") from None
+    if version != FORMAT_VERSION:
+        raise UserError(
+            f"fairseq_knnlm: {path} has format version {version}, this release reads version "
+            f"{FORMAT_VERSION}: use another release or build it again"
+        )
+    if data != _render(manifest):
+        raise UserError(
+            f"fairseq_knnlm: {path}/{MANIFEST} is damaged or was edited: its checksum does not "
+            "match; build the datastore again"
+        )
+    return manifest
+
+
+def refuse_finished(path: str) -> None:
+    """Refuse to build over a finished datastore.
+
+    Raises:
+        UserError: if there is one at *path*.
+    """
+    if os.path.exists(os.path.join(path, MANIFEST)):
+        raise UserError(
+            f"fairseq_knnlm: {path} holds a finished datastore; pass --overwrite to build it "
+            "anew, or another --knn-datastore"
+        )
+
+
+def _layout(manifest: Dict):
+    """Name, shape and dtype of the two arrays."""
+    count, dimension = manifest["count"], manifest["dimension"]
+    yield KEYS, (count, dimension), np.dtype(manifest["files"][KEYS]["dtype"])
+    yield VALUES, (count,), np.dtype(manifest["files"][VALUES]["dtype"])
+
+
+def _check_size(path: str, expected: int) -> None:
+    try:
+        found = os.path.getsize(path)
+    except FileNotFoundError:
+        raise UserError(f"fairseq_knnlm: {path} is missing; build the datastore again") from None
+    if found != expected:
+        raise UserError(
+            f"fairseq_knnlm: {path} has {found} bytes where its manifest says {expected}: "
+            "truncated or overwritten; build the datastore again"
+        )
+
+
+class _Written(NamedTuple):
+    """A journal line: a chunk that is on disk."""
+
+    chunk: int
+    keys_checksum: str
+    values_checksum: str
+
+
+class DatastoreWriter:
+    """Writes keys and values chunk by chunk, in place, at the rows where they belong.
+
+    Several writers, one a shard, may work on one directory at a time: each writes its own rows
+    of the same files, so nothing is joined or copied afterwards. Use as a context manager; the
+    lock of a shard ends with its process.
+
+    Args:
+        path (str): the directory, made if missing.
+        settings (dict): everything that decides the content (JSON); a directory begun with other
+            settings is refused. Becomes part of the manifest.
+        chunk_sizes (sequence of int): rows of each chunk of the whole datastore.
+        dimension (int): D.
+        dtype (numpy.dtype): of the values.
+        num_shards, shard_id (int): which writer this is.
+        overwrite (bool): drop what an earlier build left or finished.
+        index_bytes (int): disk space to keep free for the index.
+
+    Raises:
+        UserError: if the directory cannot be written, is finished, was begun with other settings,
+            has another builder at work, or the disk is too small.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        settings: Dict,
+        chunk_sizes: Sequence[int],
+        dimension: int,
+        dtype: np.dtype,
+        num_shards: int = 1,
+        shard_id: int = 0,
+        overwrite: bool = False,
+        index_bytes: int = 0,
+    ):
+        self.path = path
+        self.settings = json.loads(json.dumps(settings))
+        self._plan = {"num_shards": num_shards, "dimension": dimension, "dtype": str(dtype)}
+        self._ends = np.cumsum(np.asarray(chunk_sizes, dtype=np.int64))
+        self._arrays = {
+            KEYS: ((self.count, dimension), KEY_DTYPE),
+            VALUES: ((self.count,), np.dtype(dtype)),
+        }
+        self._shard = f"{shard_id + 1}-of-{num_shards}"
+        self._overwrite = overwrite
+        self._index_bytes = index_bytes
+        self._stack = contextlib.ExitStack()
+        self._files: Dict = {}
+        self.done: List[int] = []
+
+    @property
+    def value_dtype(self) -> np.dtype:
+        """The dtype that values must have."""
+        return self._arrays[VALUES][1]
+
+    @property
+    def count(self) -> int:
+        """N, rows of the whole datastore."""
+        return int(self._ends[-1]) if len(self._ends) else 0
+
+    def __enter__(self):
+        try:
+            self._prepare()
+        except OSError as error:
+            self._stack.close()
+            raise UserError(
+                f"fairseq_knnlm: cannot write --knn-datastore {self.path}: {error}"
+            ) from None
+        except BaseException:
+            self._stack.close()
+            raise
+        return self
+
+    def __exit__(self, *exc_info):
+        self._stack.close()
+
+    # -- opening -------------------------------------------------------------------------------
+
+    def _prepare(self) -> None:
+        os.makedirs(self.path, exist_ok=True)
+        with lock(self._in(LOCK), "is being set up by another builder", wait=True):
+            if not self._overwrite:
+                refuse_finished(self.path)
+            self._stack.enter_context(
+                lock(self._in(f"building-{self._shard}.lock"), "has another builder at work")
+            )
+            if self._overwrite:
+                self._remove_build()
+            if os.path.exists(self._in(SETTINGS)):
+                self._check_settings()
+            else:
+                self._start()
+        for name in self._arrays:
+            self._files[name] = self._stack.enter_context(open(self._in(name), "r+b", buffering=0))
+        self._journal = self._stack.enter_context(open(self._in(self._journal_name), "a+b"))
+        self.done = [written.chunk for written in self._resume()]
+
+    def _remove_build(self) -> None:
+        """Remove the datastore, finished or not, and nothing else; the manifest first."""
+        for name in (MANIFEST, SETTINGS, KEYS, VALUES, INDEX):
+            with contextlib.suppress(FileNotFoundError):
+                os.remove(self._in(name))
+        shutil.rmtree(self.work_path, ignore_errors=True)
+        for name in os.listdir(self.path):
+            if name.endswith(".journal"):
+                os.remove(self._in(name))
+
+    def _check_settings(self) -> None:
+        with open(self._in(SETTINGS), "rb") as file:
+            begun = json.load(file)
+        if begun != self._begun():
+            differing = sorted(
+                f"{name} was {_brief(begun[part].get(name))}, is {_brief(value)}"
+                for part, settings in self._begun().items()
+                for name, value in settings.items()
+                if begun[part].get(name) != value
+            )
+            raise UserError(
+                f"fairseq_knnlm: {self.path} holds an unfinished datastore that was begun with "
+                f"other settings ({'; '.join(differing)}); repeat them, or pass --overwrite"
+            )
+
+    def _begun(self) -> Dict:
+        return {"settings": self.settings, "plan": self._plan}
+
+    def _start(self) -> None:
+        present = [name for name in (KEYS, VALUES, INDEX) if os.path.exists(self._in(name))]
+        if present:
+            raise UserError(
+                f"fairseq_knnlm: {self.path} has {', '.join(present)} but neither {MANIFEST} nor "
+                f"{SETTINGS}: not begun by this tool; use another --knn-datastore"
+            )
+        sizes = {
+            name: len(npy_header(shape, dtype)) + int(np.prod(shape)) * dtype.itemsize
+            for name, (shape, dtype) in self._arrays.items()
+        }
+        needed, free = sum(sizes.values()) + self._index_bytes, shutil.disk_usage(self.path).free
+        if needed > free:
+            raise UserError(
+                f"fairseq_knnlm: --knn-datastore {self.path} needs about {needed:,} bytes "
+                f"({self.count:,} entries), its disk has {free:,} free"
+            )
+        for name, (shape, dtype) in self._arrays.items():
+            with open(self._in(name), "wb") as file:
+                file.write(npy_header(shape, dtype))
+                file.truncate(sizes[name])
+        write_atomically(self._in(SETTINGS), json.dumps(self._begun(), indent=1).encode())
+
+    def _resume(self) -> List[_Written]:
+        """The chunks of this shard's journal whose rows are really on the disk."""
+        self._journal.seek(0)
+        whole = [w for w in _parse_journal(self._journal.read()) if self._on_disk(w)]
+        self._journal.truncate(0)
+        for written in whole:
+            self._journal.write(_journal_line(written))
+        self._journal.flush()
+        return whole
+
+    def _on_disk(self, written: _Written) -> bool:
+        found = [checksum(self._read(name, written.chunk)) for name in (KEYS, VALUES)]
+        return found == [written.keys_checksum, written.values_checksum]
+
+    # -- writing -------------------------------------------------------------------------------
+
+    def write(self, chunk: int, keys: np.ndarray, values: np.ndarray) -> None:
+        """Write the rows of one chunk.
+
+        Args:
+            chunk (int): its number.
+            keys (ndarray): shape (n, D), float16.
+            values (ndarray): shape (n,), the writer's dtype.
+
+        Raises:
+            UserError: if a key is not finite in float16, or the disk is full; what was written
+                before stays, and the same command goes on from there.
+        """
+        start, stop = self._rows(chunk)
+        assert len(keys) == len(values) == stop - start
+        if not np.isfinite(keys).all():
+            raise UserError(
+                "fairseq_knnlm: a key is infinite or not a number in float16; the model's states "
+                "are beyond 65504, or broken (half-precision overflow? try without --fp16)"
+            )
+        sums = []
+        for name, rows in ((KEYS, keys), (VALUES, values)):
+            rows = np.ascontiguousarray(rows)
+            assert rows.dtype == self._arrays[name][1]
+            self._write_rows(name, chunk, rows)
+            sums.append(checksum(rows))
+        self._journal.write(_journal_line(_Written(chunk, *sums)))
+        self._journal.flush()
+        self.done.append(chunk)
+
+    def _write_rows(self, name: str, chunk: int, rows: np.ndarray) -> None:
+        try:
+            self._files[name].seek(self._offset(name, self._rows(chunk)[0]))
+            data = memoryview(rows).cast("B")
+            while data:
+                data = data[self._files[name].write(data) :]
+        except OSError as error:
+            raise UserError(
+                f"fairseq_knnlm: cannot write {self._in(name)}: {error}; what is written so far "
+                "is kept, run the same command again to go on"
+            ) from None
+
+    # -- finishing -----------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def finishing(self):
+        """Held by the one builder that finishes a datastore all of whose chunks are written.
+
+        Yields:
+            list of int: chunks that no shard has written yet; empty when it can be finished.
+        """
+        with lock(self._in(LOCK), "is being finished by another builder", wait=True):
+            if os.path.exists(self._in(MANIFEST)):
+                yield None
+            else:
+                yield sorted(set(range(len(self._ends))) - {w.chunk for w in self._written()})
+
+    def finish(self, index: Dict) -> None:
+        """Write the manifest, the last file of a datastore, and remove the traces of the build.
+
+        Args:
+            index (dict): description of the index in ``index.faiss``, for the manifest.
+        """
+        written = {w.chunk: w for w in self._written()}
+        in_order = [written[chunk] for chunk in range(len(self._ends))]
+        files = {
+            name: {"dtype": str(dtype), "size_bytes": os.path.getsize(self._in(name))}
+            for name, (_, dtype) in self._arrays.items()
+        }
+        files[INDEX] = {
+            "size_bytes": os.path.getsize(self._in(INDEX)),
+            "checksum": file_checksum(self._in(INDEX)),
+        }
+        manifest = {
+            **self.settings,
+            "format_version": FORMAT_VERSION,
+            "count": self.count,
+            "dimension": self._plan["dimension"],
+            "index": index,
+            "files": files,
+            "chunks": {
+                "rows": self._ends.tolist(),
+                KEYS: [w.keys_checksum for w in in_order],
+                VALUES: [w.values_checksum for w in in_order],
+            },
+        }
+        for name in files:
+            with open(self._in(name), "rb") as file:
+                os.fsync(file.fileno())
+        write_atomically(self._in(MANIFEST), _render(manifest))
+        remove_traces(self.path)
+
+    @property
+    def work_path(self) -> str:
+        """Directory for the parts of an index that is being built; gone when it is finished."""
+        return self._in(INDEX_WORK)
+
+    @property
+    def index_path(self) -> str:
+        """Where the finished index must lie."""
+        return self._in(INDEX)
+
+    def keys(self) -> np.ndarray:
+        """The keys as they are on the disk, shape (N, D), float16, memory-mapped."""
+        return np.load(self._in(KEYS), mmap_mode="r")
+
+    def _written(self) -> List[_Written]:
+        return [
+            written
+            for name in os.listdir(self.path)
+            if name.endswith(".journal")
+            for written in _parse_journal(open(self._in(name), "rb").read())
+        ]
+
+    # -- places --------------------------------------------------------------------------------
+
+    @property
+    def _journal_name(self) -> str:
+        return f"building-{self._shard}.journal"
+
+    def _in(self, name: str) -> str:
+        return os.path.join(self.path, name)
+
+    def _rows(self, chunk: int) -> Tuple[int, int]:
+        return int(self._ends[chunk - 1]) if chunk else 0, int(self._ends[chunk])
+
+    def _offset(self, name: str, row: int) -> int:
+        shape, dtype = self._arrays[name]
+        return len(npy_header(shape, dtype)) + row * int(np.prod(shape[1:])) * dtype.itemsize
+
+    def _read(self, name: str, chunk: int) -> bytes:
+        start, stop = (self._offset(name, row) for row in self._rows(chunk))
+        self._files[name].seek(start)
+        return self._files[name].read(stop - start) if stop > start else b""
+
+
+def _brief(value) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def _journal_line(written: _Written) -> bytes:
+    return " ".join(map(str, written)).encode() + b"\n"
+
+
+def _parse_journal(data: bytes) -> List[_Written]:
+    """The whole lines of a journal; a line that a kill cut short does not count."""
+    lines = (line.split() for line in data.decode().split("\n")[:-1])
+    return [_Written(int(chunk), *sums) for chunk, *sums in lines]
+
+
+def remove_traces(path: str) -> None:
+    """Remove what only a build in progress needs."""
+    shutil.rmtree(os.path.join(path, INDEX_WORK), ignore_errors=True)
+    for name in os.listdir(path):
+        if name.startswith("building") and name != LOCK:
+            os.remove(os.path.join(path, name))
+    os.remove(os.path.join(path, LOCK))
+
+
+@contextlib.contextmanager
+def lock(path: str, otherwise: str, wait: bool = False):
+    """Hold an advisory lock on a file; it ends with the process that holds it, however it ends.
+
+    Raises:
+        UserError: if another process holds it and *wait* is False.
+    """
+    with open(path, "ab") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            raise UserError(
+                f"fairseq_knnlm: --knn-datastore {os.path.dirname(path)} {otherwise}"
+            ) from None
+        yield

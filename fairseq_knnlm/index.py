@@ -1,0 +1,359 @@
+"""The only door to FAISS: choose, train, fill, save, load and search an index."""
+
+import contextlib
+import logging
+import os
+import re
+import struct
+from typing import Dict, Iterator, NamedTuple, Optional
+
+import numpy as np
+
+from .errors import UserError
+
+# FAISS tells at INFO, in seven lines, which of its builds it loads
+logging.getLogger("faiss.loader").setLevel(logging.WARNING)
+try:
+    import faiss
+except (ImportError, RuntimeError) as error:  # a broken CUDA library raises RuntimeError
+    raise UserError(
+        f"fairseq_knnlm: FAISS cannot be imported ({error}): pip install 'fairseq_knnlm[cpu]', or "
+        "'fairseq_knnlm[gpu]' where there is a GPU, never both"
+    ) from error
+
+METRICS = {"l2": faiss.METRIC_L2, "ip": faiss.METRIC_INNER_PRODUCT}
+
+# Below this many keys an exhaustive search costs less than training an index.
+FLAT_BELOW = 8192
+# The paper's WikiText-103 index has 4096 lists for 103M keys.
+MAX_NLIST = 4096
+# FAISS warns below 39 training keys a list and ignores more than 256.
+TRAINING_KEYS_PER_LIST = 64
+# Rows added between two saves: an interrupted build loses no more than one part.
+PART_ROWS = 1 << 23
+# Exact distances are computed for this many candidates of the index per neighbour (measured on
+# real keys: twice as many leave 0.03% of perplexity to brute force, as many leave 0.2%), ...
+CANDIDATES_PER_NEIGHBOR = 2
+# ... and for no fewer than this, since few neighbours are lost more easily.
+MIN_CANDIDATES = 64
+# A limit of FAISS's GPU indexes.
+GPU_MAX_K = 2048
+_BLOCK_BYTES = 1 << 28
+_SEED = 1234
+
+
+def faiss_version() -> str:
+    """Version of the FAISS that is running."""
+    return faiss.__version__
+
+
+def default_factory(count: int, dimension: int) -> str:
+    """A FAISS factory string for *count* keys.
+
+    About 1.4 sqrt(N) lists, a power of two, up to the paper's 4096, and 64-byte codes: 128
+    sub-quantisers of 4 bits, which are scanned in registers, in place of the paper's 64 of 8.
+    """
+    if count < FLAT_BELOW:
+        return "Flat"
+    nlist = min(MAX_NLIST, 1 << round(np.log2(np.sqrt(2 * count))))
+    sub_quantizers = max(m for m in range(1, 129) if dimension % m == 0)
+    return f"IVF{nlist},PQ{sub_quantizers}x4fs"
+
+
+def make_index(factory: str, dimension: int, metric: str):
+    """An empty, untrained FAISS index.
+
+    Raises:
+        UserError: if FAISS does not know the factory string.
+    """
+    # "PQ16" would turn on polysemous training, 30 times slower and not used here
+    plain = re.sub(r"(PQ\d+(x8)?)(?=$|,)", r"\1np", factory)
+    try:
+        return faiss.index_factory(dimension, plain, METRICS[metric])
+    except RuntimeError as error:
+        reason = str(error).splitlines()[-1]
+        raise UserError(
+            f"fairseq_knnlm: --knn-index {factory!r} is no FAISS index for {dimension} dimensions "
+            f"({reason}); see the FAISS wiki, 'The index factory', e.g. IVF4096,PQ64 or Flat"
+        ) from None
+
+
+def estimate_bytes(factory: str, count: int, dimension: int, metric: str) -> int:
+    """About how large the index will be on disk."""
+    index = make_index(factory, dimension, metric)
+    try:
+        code_bytes = index.sa_code_size()
+    except RuntimeError:
+        code_bytes = 4 * dimension
+    lists = _ivf(index).nlist if _ivf(index) is not None else 0
+    return int(count * (code_bytes + 8 * (lists > 0)) + lists * dimension * 4)
+
+
+def _ivf(index):
+    """The inverted file within *index*, or None; with its own type, unlike extract_index_ivf."""
+    found = faiss.try_extract_index_ivf(index)
+    return faiss.downcast_index(found) if found is not None else None
+
+
+def describe(index, factory: str, metric: str) -> Dict:
+    """What the manifest says of an index."""
+    ivf = _ivf(index)
+    return {
+        "factory": factory,
+        "metric": metric,
+        "nlist": ivf.nlist if ivf is not None else None,
+        "faiss_version": faiss_version(),
+    }
+
+
+def _blocks(keys: np.ndarray, start: int, stop: int) -> Iterator[np.ndarray]:
+    """Rows of *keys* as float32, in blocks of bounded memory."""
+    step = max(1, _BLOCK_BYTES // (4 * keys.shape[1]))
+    for begin in range(start, stop, step):
+        yield np.asarray(keys[begin : min(begin + step, stop)], dtype=np.float32)
+
+
+def training_sample(keys: np.ndarray, size: int) -> np.ndarray:
+    """*size* keys drawn without replacement, float32, read in the order of the file."""
+    if size >= len(keys):
+        return np.asarray(keys, dtype=np.float32)
+    rows = np.random.default_rng(_SEED).choice(len(keys), size, replace=False)
+    return np.asarray(keys[np.sort(rows)], dtype=np.float32)
+
+
+def _train(index, keys: np.ndarray, report) -> None:
+    if index.is_trained:
+        return
+    ivf = _ivf(index)
+    size = TRAINING_KEYS_PER_LIST * (ivf.nlist if ivf is not None else 1024)
+    sample = training_sample(keys, min(size, len(keys)))
+    report(f"training the index on {len(sample):,} keys")
+    try:
+        index.train(sample)
+    except RuntimeError as error:
+        reason = str(error).splitlines()[-1]
+        raise UserError(
+            f"fairseq_knnlm: FAISS cannot train this --knn-index on {len(sample)} keys ({reason}); "
+            "use fewer lists, or Flat"
+        ) from None
+
+
+def build_index(
+    keys: np.ndarray, factory: str, metric: str, path: str, work_path: str, report=print
+) -> Dict:
+    """Train an index, add all keys in one sequential pass, and save it.
+
+    What is done is kept in *work_path* (the trained index, then parts of the filled one), and a
+    build that was interrupted goes on from there to the same bytes.
+
+    Args:
+        keys (ndarray): shape (N, D), float16; row i gets id i.
+        factory (str): FAISS factory string.
+        metric (str): ``l2`` or ``ip``.
+        path (str): file to write, atomically.
+        work_path (str): directory for intermediate files.
+        report (callable): takes a line of progress.
+
+    Returns:
+        dict: description for the manifest.
+
+    Raises:
+        UserError: if FAISS refuses the factory string or the number of keys.
+    """
+    os.makedirs(work_path, exist_ok=True)
+    trained_path = os.path.join(work_path, "trained.faiss")
+    if not os.path.exists(trained_path):
+        index = make_index(factory, keys.shape[1], metric)
+        _train(index, keys, report)
+        save(index, trained_path)
+    part_paths = []
+    for start in range(0, max(len(keys), 1), PART_ROWS):
+        part_paths.append(os.path.join(work_path, f"part-{start}.faiss"))
+        if not os.path.exists(part_paths[-1]):
+            stop = min(start + PART_ROWS, len(keys))
+            part = load(trained_path)
+            for block in _blocks(keys, start, stop):
+                part.add(block)
+                report(f"indexed {start + part.ntotal:,} of {len(keys):,} keys")
+            save(part, part_paths[-1])
+    index = load(part_paths[0])
+    for part_path in part_paths[1:]:
+        index.merge_from(load(part_path), index.ntotal)
+    save(index, path)
+    return describe(index, factory, metric)
+
+
+def save(index, path: str) -> None:
+    """Write an index to a temporary file, read its size back, and move it into place.
+
+    Raises:
+        UserError: if the disk is full or not writable.
+    """
+    temporary = f"{path}.tmp"
+    try:
+        faiss.write_index(index, temporary)
+        # FAISS reports a failing close on stderr only
+        if faiss.read_index(temporary, faiss.IO_FLAG_MMAP).ntotal != index.ntotal:
+            raise RuntimeError("fewer entries on disk than in memory")
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (RuntimeError, OSError) as error:
+        with contextlib.suppress(OSError):
+            os.remove(temporary)
+        raise UserError(
+            f"fairseq_knnlm: cannot write {path}: {str(error).splitlines()[-1]}; what is done so "
+            "far is kept, run the same command again to go on"
+        ) from None
+
+
+def load(path: str):
+    """Read an index.
+
+    Raises:
+        UserError: if the file is no index.
+    """
+    try:
+        return faiss.read_index(path)
+    except RuntimeError as error:
+        raise UserError(
+            f"fairseq_knnlm: cannot read {path}: {str(error).splitlines()[-1]}"
+        ) from None
+
+
+def gpu_available() -> bool:
+    """Whether this FAISS can search on a GPU of this machine."""
+    return hasattr(faiss, "StandardGpuResources") and faiss.get_num_gpus() > 0
+
+
+def choose_device(device: str, factory: str, k: int) -> str:
+    """Where an index is searched: *device*, or for ``auto`` a GPU if that is possible.
+
+    Raises:
+        UserError: if ``cuda`` is asked for and impossible, saying why.
+    """
+    if device == "cpu":
+        return "cpu"
+    obstacle = _gpu_obstacle(factory, k)
+    if device == "cuda" and obstacle:
+        raise UserError(f"fairseq_knnlm: --knn-device cuda: {obstacle}; use --knn-device cpu")
+    return "cpu" if obstacle else "cuda"
+
+
+def _gpu_obstacle(factory: str, k: int) -> Optional[str]:
+    if not gpu_available():
+        return "FAISS sees no GPU (is faiss-gpu installed?)"
+    if re.search(r"fs|Refine|RaBitQ|HNSW", factory):
+        return f"FAISS has no GPU version of the index {factory}; IVF4096,PQ64 has one"
+    if k > GPU_MAX_K:
+        return f"FAISS finds at most {GPU_MAX_K} neighbours on a GPU, --knn-k is {k}"
+    return None
+
+
+def _to_gpu(index):
+    options = faiss.GpuMultipleClonerOptions()
+    # 64 sub-quantisers need more shared memory for float32 tables than a block has
+    options.useFloat16 = True
+    options.shard = True
+    return faiss.index_cpu_to_all_gpus(index, options)
+
+
+class Found(NamedTuple):
+    """Result of a search.
+
+    distances (ndarray): shape (N, k), float32, lower is closer; +inf where there is none.
+    ids (ndarray): shape (N, k), int64; -1 where there is none.
+    """
+
+    distances: np.ndarray
+    ids: np.ndarray
+
+
+class SearchIndex:
+    """An index on disk, loaded for searching.
+
+    Args:
+        path (str): the file.
+        metric (str): ``l2`` or ``ip``.
+        keys (ndarray): shape (N, D), float16, a memory-mapped ``.npy`` file: distances are exact,
+            computed again from these keys for more candidates than are asked for. None: as the
+            index returns them.
+        device (str): ``cpu`` or ``cuda``.
+    """
+
+    def __init__(self, path: str, metric: str, keys: Optional[np.ndarray], device: str = "cpu"):
+        self._metric = metric
+        self._index = load(path)
+        self._on_gpu = device == "cuda"
+        ivf = _ivf(self._index)
+        self._nlist = ivf.nlist if ivf is not None else None
+        self._transforms = isinstance(self._index, faiss.IndexPreTransform)
+        self._exhaustive = isinstance(self._index, faiss.IndexFlat)
+        self._keys = _KeysIndex(keys, metric) if keys is not None else None
+        if self._on_gpu:
+            self._index = _to_gpu(self._index)
+        if self._keys is not None:
+            self._refined = faiss.IndexRefine(self._index, self._keys.index)
+
+    def search(self, queries: np.ndarray, k: int, nprobe: int) -> Found:
+        """The k nearest entries, nearest first.
+
+        Args:
+            queries (ndarray): shape (N, D), float32.
+            k (int): at most the number of entries.
+            nprobe (int): inverted lists visited; all where the index has fewer.
+        """
+        params = self._probe(nprobe)
+        if self._keys is None:
+            distances, ids = self._index.search(queries, k, params=params)
+        else:
+            distances, ids = self._refined.search(
+                queries,
+                k,
+                params=faiss.IndexRefineSearchParameters(
+                    k_factor=self._candidates(k) / k, base_index_params=params
+                ),
+            )
+        if self._metric == "ip":
+            distances = -distances
+        distances[ids < 0] = np.inf
+        return Found(distances, ids)
+
+    def _candidates(self, k: int) -> int:
+        if self._exhaustive:
+            return k
+        wanted = max(CANDIDATES_PER_NEIGHBOR * k, MIN_CANDIDATES)
+        return min(wanted, self._index.ntotal, GPU_MAX_K if self._on_gpu else wanted)
+
+    def _probe(self, nprobe: int):
+        if self._nlist is None:
+            return None
+        params = faiss.SearchParametersIVF(nprobe=min(nprobe, self._nlist))
+        if self._transforms:
+            return faiss.SearchParametersPreTransform(index_params=params)
+        return params
+
+
+class _KeysIndex:
+    """FAISS's view of the keys of a datastore, without a copy of them.
+
+    FAISS reads an index from memory and can leave the vectors where they are. Its header for a
+    float16 index is shorter than that of a ``.npy`` file, so it is written over the end of the
+    latter in a private mapping of the file: in memory only, on one page.
+    """
+
+    def __init__(self, keys: np.ndarray, metric: str):
+        count, dimension = keys.shape
+        empty = faiss.IndexScalarQuantizer(
+            dimension, faiss.ScalarQuantizer.QT_fp16, METRICS[metric]
+        )
+        empty.is_trained = True
+        empty.ntotal = count
+        # the header ends with the number of bytes that follow
+        header = faiss.serialize_index(empty)[:-8].tobytes() + struct.pack("<Q", keys.nbytes)
+        self._mapping = np.memmap(keys.filename, dtype=np.uint8, mode="c")
+        start = keys.offset - len(header)
+        self._mapping[start : keys.offset] = np.frombuffer(header, dtype=np.uint8)
+        view = self._mapping[start:]
+        self._reader = faiss.ZeroCopyIOReader(faiss.swig_ptr(view), view.nbytes)
+        self.index = faiss.read_index(self._reader, faiss.IO_FLAG_MMAP_IFC)

@@ -1,0 +1,211 @@
+"""From queries to neighbours: searches one or several datastores as one."""
+
+from typing import Dict, List, NamedTuple, Optional, Sequence
+
+import numpy as np
+import torch
+
+from . import index as faiss_index
+from .datastore import Datastore
+from .errors import UserError
+from .key_extractor import KeyExtractor
+
+# What datastores that are searched as one must agree in, and what a model must fit.
+_COMMON = ("dimension", "key", "metric", "dictionary", "model")
+
+
+class Neighbors(NamedTuple):
+    """The nearest entries of each query, nearest first.
+
+    distances (Tensor): shape (N, k), float32, squared L2 or minus the inner product; +inf where
+        there is no neighbour.
+    values (LongTensor): shape (N, k), the token that followed; 0 where there is no neighbour.
+    ids (LongTensor): shape (N, k), rows of the datastores, counted through all of them in the
+        order they were named; -1 where there is no neighbour.
+    """
+
+    distances: torch.Tensor
+    values: torch.Tensor
+    ids: torch.Tensor
+
+
+class Retriever:
+    """Finds the nearest entries of one or several datastores.
+
+    Args:
+        datastores (list of Datastore): all of one model, key and metric.
+        k (int): neighbours per query.
+        nprobe (int): inverted lists visited.
+        distances (str): ``exact``, computed from the stored keys, or ``index``.
+        device (str): ``cpu``, ``cuda`` or ``auto``: where the index is searched.
+
+    Raises:
+        UserError: if the datastores do not agree, or k is more than they hold.
+    """
+
+    def __init__(
+        self,
+        datastores: Sequence[Datastore],
+        k: int,
+        nprobe: int = 32,
+        distances: str = "exact",
+        device: str = "auto",
+    ):
+        self.datastores = list(datastores)
+        self.k = k
+        self.nprobe = nprobe
+        self.exact = distances == "exact"
+        self._refuse_differing()
+        if k > len(self):
+            raise UserError(
+                f"fairseq_knnlm: --knn-k {k} is more than the {len(self)} entries of "
+                f"{self._names()}"
+            )
+        self._device = faiss_index.choose_device(device, self._manifest["index"]["factory"], k)
+        self._indexes: Optional[List] = None
+
+    @classmethod
+    def open(cls, paths: Sequence[str], expected: Optional[Dict] = None, **settings):
+        """Open datastores for searching.
+
+        Args:
+            paths: their directories.
+            expected (dict): flags that were given although the datastore fixes them, None where
+                not given.
+            settings: arguments of the constructor.
+
+        Raises:
+            UserError: if a datastore is not whole, or not what was expected.
+        """
+        retriever = cls([Datastore.open(path) for path in paths], **settings)
+        for flag, value in (expected or {}).items():
+            retriever._refuse_unexpected(flag, value)
+        return retriever
+
+    def __len__(self) -> int:
+        return sum(len(datastore) for datastore in self.datastores)
+
+    # -- what fits -----------------------------------------------------------------------------
+
+    @property
+    def _manifest(self) -> Dict:
+        return self.datastores[0].manifest
+
+    def _names(self) -> str:
+        return ":".join(datastore.path for datastore in self.datastores)
+
+    def _refuse_differing(self) -> None:
+        first = self.datastores[0]
+        for other in self.datastores[1:]:
+            for name in _COMMON:
+                if other.manifest[name] != first.manifest[name]:
+                    raise UserError(
+                        f"fairseq_knnlm: the datastores cannot be searched as one: the {name} of "
+                        f"{first.path} is {first.manifest[name]}, of {other.path} "
+                        f"{other.manifest[name]}"
+                    )
+
+    def _refuse_unexpected(self, flag: str, value) -> None:
+        if value is None:
+            return
+        for datastore in self.datastores:
+            manifest = datastore.manifest
+            found = {
+                "--knn-key": manifest["key"]["type"],
+                "--knn-key-layer": manifest["key"]["layer"],
+                "--knn-metric": manifest["metric"],
+                "--knn-index": manifest["index"]["factory"],
+            }[flag]
+            if str(value) != str(found):
+                raise UserError(
+                    f"fairseq_knnlm: {flag} {value} does not fit the datastore {datastore.path}, "
+                    f"which was built with {found}: drop the flag, or build with it"
+                )
+
+    def check_dictionary(self, fingerprint: str) -> None:
+        """Refuse a dictionary that is not the datastore's.
+
+        Raises:
+            UserError: naming both.
+        """
+        expected = self._manifest["dictionary"]
+        if fingerprint != expected["sha256"]:
+            raise UserError(
+                f"fairseq_knnlm: the dictionary of the data (sha256 {fingerprint[:12]}) is not that "
+                f"of the datastore {self._names()} ({expected['types']} types, sha256 "
+                f"{expected['sha256'][:12]}): token ids would mean other words"
+            )
+
+    def check_model(self, model, fingerprint: str) -> None:
+        """Refuse a model whose hidden states the keys are not.
+
+        Args:
+            fingerprint (str): of its weights.
+
+        Raises:
+            UserError: naming both.
+        """
+        with self.extractor(model) as extractor:
+            dimension = extractor.dimension
+        if dimension != self._manifest["dimension"]:
+            raise UserError(
+                f"fairseq_knnlm: the model's keys have {dimension} dimensions, those of the "
+                f"datastore {self._names()} {self._manifest['dimension']}: it was built with "
+                "another model"
+            )
+        expected = self._manifest["model"]["sha256"]
+        if fingerprint != expected:
+            raise UserError(
+                f"fairseq_knnlm: the weights of --path (sha256 {fingerprint[:12]}) are not those "
+                f"that the datastore {self._names()} was built with (sha256 {expected[:12]}): use "
+                "its checkpoint, or build a datastore for this one"
+            )
+
+    # -- searching -----------------------------------------------------------------------------
+
+    def extractor(self, model) -> KeyExtractor:
+        """An extractor of this model's queries: the state that the keys are."""
+        key = self._manifest["key"]
+        return KeyExtractor(model.decoder, key["type"], key["layer"])
+
+    def search(self, queries: torch.Tensor) -> Neighbors:
+        """The k nearest entries of each query.
+
+        Args:
+            queries (Tensor): shape (N, D), any float dtype and device.
+
+        Returns:
+            Neighbors: on the device of *queries*.
+        """
+        flat = np.ascontiguousarray(queries.float().cpu().numpy())
+        distances, values, ids = zip(*self._search_each(flat))
+        merged = Neighbors(*(torch.cat(parts, dim=1) for parts in (distances, values, ids)))
+        if len(self.datastores) > 1:
+            merged = _nearest(merged, self.k)
+        return Neighbors(*(part.to(queries.device) for part in merged))
+
+    def _search_each(self, queries: np.ndarray):
+        if self._indexes is None:
+            self._indexes = [self._load(datastore) for datastore in self.datastores]
+        first_id = 0
+        for datastore, index in zip(self.datastores, self._indexes):
+            found = index.search(queries, min(self.k, len(datastore)), self.nprobe)
+            missing = found.ids < 0
+            values = datastore.values[np.where(missing, 0, found.ids)].astype(np.int64)
+            values[missing] = 0
+            ids = np.where(missing, -1, found.ids + first_id)
+            yield (torch.from_numpy(part) for part in (found.distances, values, ids))
+            first_id += len(datastore)
+
+    def _load(self, datastore: Datastore):
+        return faiss_index.SearchIndex(
+            datastore.index_path,
+            datastore.manifest["metric"],
+            keys=datastore.keys if self.exact else None,
+            device=self._device,
+        )
+
+
+def _nearest(neighbors: Neighbors, k: int) -> Neighbors:
+    distances, order = neighbors.distances.topk(k, dim=1, largest=False, sorted=True)
+    return Neighbors(distances, neighbors.values.gather(1, order), neighbors.ids.gather(1, order))

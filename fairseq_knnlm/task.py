@@ -1,0 +1,181 @@
+"""The task ``knnlm_lm``: fairseq's language modelling, evaluated with a datastore.
+
+Wires the parts together; besides ``cli/`` the only place that knows fairseq's configuration.
+"""
+
+import logging
+
+import torch
+from fairseq import models
+from fairseq.data import iterators
+from fairseq.models import FairseqLanguageModel
+from fairseq.tasks import register_task
+from fairseq.tasks.language_modeling import LanguageModelingTask
+
+from .config import KNNLMConfig, check_ranges, datastore_paths
+from .context import BlockDataset, ChunkCollater, plan_chunks, refuse_oversized, shard
+from .errors import UserError
+from .eval_lm import use_scorer
+from .fingerprint import dictionary_fingerprint, weights_fingerprint
+from .scorer import KNNScorer
+
+logger = logging.getLogger(__name__)
+
+# Target tokens of a chunk: enough that one search over it is worth its fixed costs, ...
+CHUNK_TOKENS = 1 << 15
+# ... and few enough that the neighbours of all of them fit in this many bytes.
+NEIGHBORS_BYTES = 1 << 29
+_BYTES_PER_NEIGHBOR = 16
+
+
+@register_task("knnlm_lm", dataclass=KNNLMConfig)
+class KNNLMTask(LanguageModelingTask):
+    """Language modelling whose evaluation mixes in the nearest neighbours of a datastore.
+
+    Without ``--knn-datastore`` it trains and evaluates as ``language_modeling`` does.
+    """
+
+    def __init__(self, args, dictionary, output_dictionary=None, targets=None):
+        super().__init__(args, dictionary, output_dictionary, targets)
+        self.retriever = None
+
+    @classmethod
+    def setup_task(cls, args, **kwargs):
+        """Set up the task; refuses settings and datastores that do not fit before any work."""
+        check_ranges(args)
+        task = super().setup_task(args, **kwargs)
+        paths = datastore_paths(args)
+        if paths:
+            # imported here because training needs no FAISS
+            from .retriever import Retriever
+
+            task.retriever = Retriever.open(
+                paths,
+                k=args.knn_k,
+                nprobe=args.knn_nprobe,
+                distances=str(args.knn_distances),
+                device=str(args.knn_device),
+                expected={
+                    "--knn-key": args.knn_key,
+                    "--knn-key-layer": args.knn_key_layer,
+                    "--knn-metric": args.knn_metric,
+                    "--knn-index": args.knn_index,
+                },
+            )
+            task.retriever.check_dictionary(dictionary_fingerprint(task.target_dictionary))
+        return task
+
+    # -- models --------------------------------------------------------------------------------
+
+    def build_model(self, args, from_checkpoint=False):
+        """Build a model; one that is loaded is checked against the datastore once it has weights.
+
+        Raises:
+            UserError: if it is no decoder-only language model.
+        """
+        _refuse_other_models(args)
+        model = super().build_model(args, from_checkpoint)
+        if from_checkpoint:
+            model.register_load_state_dict_post_hook(self._on_weights_loaded)
+        return model
+
+    def _on_weights_loaded(self, model, incompatible_keys):
+        if self.retriever is not None:
+            self.retriever.check_model(model, weights_fingerprint(model))
+
+    # -- data ----------------------------------------------------------------------------------
+
+    def blocks(self, dataset, context_window: int) -> BlockDataset:
+        """The blocks of a loaded split, each with its left context.
+
+        Args:
+            dataset: from ``load_dataset``.
+            context_window (int): tokens of left context.
+        """
+        if self.targets != ["future"]:
+            raise UserError(
+                "fairseq_knnlm: scoring needs next-token targets; drop --self-target, "
+                "--past-target and --future-target"
+            )
+        document_starts = None
+        if str(self.args.sample_break_mode) == "complete_doc":
+            slices = dataset.dataset.slice_indices
+            # separators between documents belong to no block
+            document_starts = torch.ones(len(slices), dtype=torch.bool).numpy()
+            document_starts[1:] = slices[1:, 0] != slices[:-1, 1]
+        return BlockDataset(
+            dataset,
+            dataset.sizes,
+            pad=self.source_dictionary.pad(),
+            context_window=context_window,
+            max_length=self.args.tokens_per_sample + context_window,
+            document_starts=document_starts,
+            bos=self.args.add_bos_token,
+        )
+
+    def chunk_iterator(
+        self, blocks, chunks, max_tokens, batch_size, num_workers=0, data_buffer_size=0
+    ):
+        """Iterate over chunks of blocks as samples, in order, loaded by *num_workers* processes."""
+        return iterators.EpochBatchIterator(
+            dataset=blocks,
+            collate_fn=ChunkCollater(blocks.pad, max_tokens, batch_size),
+            batch_sampler=[list(chunk) for chunk in chunks],
+            num_workers=num_workers,
+            buffer_size=data_buffer_size,
+        ).next_epoch_itr(shuffle=False)
+
+    def eval_lm_dataloader(self, dataset, **settings):
+        """What ``fairseq-eval-lm`` iterates over; called by it right before it scores."""
+        use_scorer(self.make_scorer)
+        return self.evaluation_samples(dataset, **settings)
+
+    def evaluation_samples(
+        self,
+        dataset,
+        max_tokens=36000,
+        batch_size=None,
+        max_positions=None,
+        num_shards=1,
+        shard_id=0,
+        num_workers=1,
+        data_buffer_size=10,
+        context_window=0,
+    ):
+        """Iterate over a split, or a contiguous share of it, for scoring.
+
+        Raises:
+            UserError: if a block is longer than the model or a batch takes.
+        """
+        blocks = self.blocks(dataset, context_window)
+        refuse_oversized(blocks, max_positions or max_tokens, max_tokens)
+        chunks = shard(plan_chunks(blocks.sizes, self._chunk_tokens()), num_shards, shard_id)
+        return self.chunk_iterator(
+            blocks, chunks, max_tokens, batch_size, num_workers, data_buffer_size
+        )
+
+    def _chunk_tokens(self) -> int:
+        if self.retriever is None:
+            return CHUNK_TOKENS
+        fitting = NEIGHBORS_BYTES // (_BYTES_PER_NEIGHBOR * self.retriever.k)
+        return max(1, min(CHUNK_TOKENS, fitting))
+
+    def make_scorer(self, softmax_batch=0) -> KNNScorer:
+        """The scorer that the flags ask for."""
+        return KNNScorer(
+            softmax_batch=softmax_batch,
+            retriever=self.retriever,
+            knn_lambda=self.args.knn_lambda,
+            temperature=self.args.knn_temperature,
+            bos=self.target_dictionary.bos() if self.args.add_bos_token else None,
+        )
+
+
+def _refuse_other_models(args) -> None:
+    name = getattr(args, "_name", None) or getattr(args, "arch", None)
+    cls = models.MODEL_REGISTRY.get(name) or models.ARCH_MODEL_REGISTRY.get(name)
+    if cls is not None and not issubclass(cls, FairseqLanguageModel):
+        raise UserError(
+            f"fairseq_knnlm: the checkpoint's architecture {name} is no decoder-only language "
+            "model; expected one of the transformer_lm family"
+        )
