@@ -5,11 +5,13 @@ annotations here.
 """
 
 import math
+import os
 from dataclasses import dataclass, field
 from typing import List, Optional
 
 from fairseq.dataclass import ChoiceEnum
 from fairseq.tasks.language_modeling import LanguageModelingConfig
+from omegaconf import II
 
 from .errors import UserError
 from .key_extractor import KEY_TYPES
@@ -20,7 +22,7 @@ DEFAULT_METRIC = "l2"
 
 @dataclass
 class KNNLMConfig(LanguageModelingConfig):
-    """Settings of the task ``knnlm_lm``: those of ``language_modeling`` and the ``--knn-*`` flags."""
+    """Settings of the task ``knnlm_lm``: those of ``language_modeling`` and ours."""
 
     knn_datastore: Optional[str] = field(
         default=None,
@@ -76,13 +78,15 @@ class KNNLMConfig(LanguageModelingConfig):
             "(default there: an IVF-PQ index chosen from the size)"
         },
     )
+    # no help, so no flag: fairseq's own --path, to refuse an ensemble before it is loaded
+    path: Optional[str] = II("common_eval.path")
 
 
-def check_ranges(cfg) -> None:
-    """Refuse settings outside their range, all faults at once.
+def check_settings(cfg) -> None:
+    """Refuse settings that cannot be, all faults at once.
 
     Raises:
-        UserError: naming every flag that is out of range, its range and what came.
+        UserError: naming every flag that is wrong, what it may be and what came.
     """
     faults: List[str] = []
 
@@ -90,6 +94,12 @@ def check_ranges(cfg) -> None:
         if not holds:
             faults.append(f"{flag} must be {expected}, got {got}")
 
+    checkpoints = (getattr(cfg, "path", None) or "").split(os.pathsep)
+    if len(checkpoints) > 1 and all(map(os.path.exists, checkpoints)):
+        faults.append(
+            f"an ensemble of models is not supported: --path names {len(checkpoints)} checkpoints, "
+            "a datastore belongs to one"
+        )
     require(cfg.knn_k >= 1, "--knn-k", ">= 1", cfg.knn_k)
     require(0.0 <= cfg.knn_lambda <= 1.0, "--knn-lambda", "in [0, 1]", cfg.knn_lambda)
     require(

@@ -19,6 +19,7 @@ import fcntl
 import io
 import json
 import os
+import re
 import shutil
 import zlib
 from typing import Dict, Iterator, List, NamedTuple, Sequence, Tuple
@@ -66,11 +67,23 @@ def _render(manifest: Dict) -> bytes:
 def write_atomically(path: str, data: bytes) -> None:
     """Write a file that is either whole or not there, also after a power cut."""
     temporary = f"{path}.tmp"
-    with open(temporary, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            os.remove(temporary)
+        raise
+
+
+def _write_all(file, data) -> None:
+    """Write to an unbuffered file, which may take less than all at a time."""
+    data = memoryview(data).cast("B")
+    while data:
+        data = data[file.write(data) :]
 
 
 def npy_header(shape: Tuple[int, ...], dtype: np.dtype) -> bytes:
@@ -304,26 +317,36 @@ class DatastoreWriter:
     # -- opening -------------------------------------------------------------------------------
 
     def _prepare(self) -> None:
+        if not self._overwrite:
+            refuse_finished(self.path)  # before anything in it is touched
         os.makedirs(self.path, exist_ok=True)
+        self._stack.enter_context(self._lock_of_shard(self._shard))
         with lock(self._in(LOCK), "is being set up by another builder", wait=True):
-            if not self._overwrite:
-                refuse_finished(self.path)
-            self._stack.enter_context(
-                lock(self._in(f"building-{self._shard}.lock"), "has another builder at work")
-            )
             if self._overwrite:
                 self._remove_build()
+            refuse_finished(self.path)
             if os.path.exists(self._in(SETTINGS)):
                 self._check_settings()
             else:
                 self._start()
+            self._allocate()
         for name in self._arrays:
             self._files[name] = self._stack.enter_context(open(self._in(name), "r+b", buffering=0))
-        self._journal = self._stack.enter_context(open(self._in(self._journal_name), "a+b"))
-        self.done = [written.chunk for written in self._resume()]
+        self.done = self._resume()
+        self._journal = self._stack.enter_context(
+            open(self._in(self._journal_name), "ab", buffering=0)
+        )
+
+    def _lock_of_shard(self, shard: str):
+        return lock(self._in(f"building-{shard}.lock"), "has another builder at work")
 
     def _remove_build(self) -> None:
         """Remove the datastore, finished or not, and nothing else; the manifest first."""
+        for name in os.listdir(self.path):
+            other = re.fullmatch(r"building-(.*)\.lock", name)
+            if other and other[1] != self._shard:
+                with self._lock_of_shard(other[1]):
+                    pass  # nobody works on it
         for name in (MANIFEST, SETTINGS, KEYS, VALUES, INDEX):
             with contextlib.suppress(FileNotFoundError):
                 os.remove(self._in(name))
@@ -357,33 +380,35 @@ class DatastoreWriter:
                 f"fairseq_knnlm: {self.path} has {', '.join(present)} but neither {MANIFEST} nor "
                 f"{SETTINGS}: not begun by this tool; use another --knn-datastore"
             )
-        sizes = {
-            name: len(npy_header(shape, dtype)) + int(np.prod(shape)) * dtype.itemsize
-            for name, (shape, dtype) in self._arrays.items()
-        }
-        needed, free = sum(sizes.values()) + self._index_bytes, shutil.disk_usage(self.path).free
+        size = sum(map(self._size, self._arrays))
+        needed, free = size + self._index_bytes, shutil.disk_usage(self.path).free
         if needed > free:
             raise UserError(
                 f"fairseq_knnlm: --knn-datastore {self.path} needs about {needed:,} bytes "
                 f"({self.count:,} entries), its disk has {free:,} free"
             )
-        for name, (shape, dtype) in self._arrays.items():
-            with open(self._in(name), "wb") as file:
-                file.write(npy_header(shape, dtype))
-                file.truncate(sizes[name])
         write_atomically(self._in(SETTINGS), json.dumps(self._begun(), indent=1).encode())
 
-    def _resume(self) -> List[_Written]:
+    def _allocate(self) -> None:
+        """Give the arrays their headers and sizes; rows that are there stay."""
+        for name, (shape, dtype) in self._arrays.items():
+            with open(os.open(self._in(name), os.O_RDWR | os.O_CREAT, 0o666), "r+b") as file:
+                file.write(npy_header(shape, dtype))
+                file.truncate(self._size(name))
+
+    def _resume(self) -> List[int]:
         """The chunks of this shard's journal whose rows are really on the disk."""
-        self._journal.seek(0)
-        whole = [w for w in _parse_journal(self._journal.read()) if self._on_disk(w)]
-        self._journal.truncate(0)
-        for written in whole:
-            self._journal.write(_journal_line(written))
-        self._journal.flush()
-        return whole
+        path = self._in(self._journal_name)
+        journal = _read_if_there(path)
+        whole = [written for written in _parse_journal(journal) if self._on_disk(written)]
+        kept = b"".join(map(_journal_line, whole))
+        if kept != journal:
+            write_atomically(path, kept)
+        return [written.chunk for written in whole]
 
     def _on_disk(self, written: _Written) -> bool:
+        if written.chunk >= len(self._ends):
+            return False
         found = [checksum(self._read(name, written.chunk)) for name in (KEYS, VALUES)]
         return found == [written.keys_checksum, written.values_checksum]
 
@@ -409,25 +434,24 @@ class DatastoreWriter:
                 "are beyond 65504, or broken (half-precision overflow? try without --fp16)"
             )
         sums = []
-        for name, rows in ((KEYS, keys), (VALUES, values)):
-            rows = np.ascontiguousarray(rows)
-            assert rows.dtype == self._arrays[name][1]
-            self._write_rows(name, chunk, rows)
-            sums.append(checksum(rows))
-        self._journal.write(_journal_line(_Written(chunk, *sums)))
-        self._journal.flush()
+        with self._disk_errors_explained():
+            for name, rows in ((KEYS, keys), (VALUES, values)):
+                rows = np.ascontiguousarray(rows)
+                assert rows.dtype == self._arrays[name][1]
+                self._files[name].seek(self._offset(name, start))
+                _write_all(self._files[name], rows)
+                sums.append(checksum(rows))
+            _write_all(self._journal, _journal_line(_Written(chunk, *sums)))
         self.done.append(chunk)
 
-    def _write_rows(self, name: str, chunk: int, rows: np.ndarray) -> None:
+    @contextlib.contextmanager
+    def _disk_errors_explained(self):
         try:
-            self._files[name].seek(self._offset(name, self._rows(chunk)[0]))
-            data = memoryview(rows).cast("B")
-            while data:
-                data = data[self._files[name].write(data) :]
+            yield
         except OSError as error:
             raise UserError(
-                f"fairseq_knnlm: cannot write {self._in(name)}: {error}; what is written so far "
-                "is kept, run the same command again to go on"
+                f"fairseq_knnlm: cannot write --knn-datastore {self.path}: {error}; what is "
+                "written so far is kept, run the same command again to go on"
             ) from None
 
     # -- finishing -----------------------------------------------------------------------------
@@ -437,13 +461,17 @@ class DatastoreWriter:
         """Held by the one builder that finishes a datastore all of whose chunks are written.
 
         Yields:
-            list of int: chunks that no shard has written yet; empty when it can be finished.
+            list of int: chunks that no shard has written yet; empty when it can be finished; None
+            when another builder has finished it.
         """
+        with self._disk_errors_explained():
+            for file in self._files.values():
+                os.fsync(file.fileno())  # the builder that finishes relies on the journal
         with lock(self._in(LOCK), "is being finished by another builder", wait=True):
             if os.path.exists(self._in(MANIFEST)):
                 yield None
             else:
-                yield sorted(set(range(len(self._ends))) - {w.chunk for w in self._written()})
+                yield sorted(set(range(len(self._ends))) - set(self._written()))
 
     def finish(self, index: Dict) -> None:
         """Write the manifest, the last file of a datastore, and remove the traces of the build.
@@ -451,7 +479,11 @@ class DatastoreWriter:
         Args:
             index (dict): description of the index in ``index.faiss``, for the manifest.
         """
-        written = {w.chunk: w for w in self._written()}
+        with self._disk_errors_explained():
+            self._finish(index)
+
+    def _finish(self, index: Dict) -> None:
+        written = self._written()
         in_order = [written[chunk] for chunk in range(len(self._ends))]
         files = {
             name: {"dtype": str(dtype), "size_bytes": os.path.getsize(self._in(name))}
@@ -474,9 +506,6 @@ class DatastoreWriter:
                 VALUES: [w.values_checksum for w in in_order],
             },
         }
-        for name in files:
-            with open(self._in(name), "rb") as file:
-                os.fsync(file.fileno())
         write_atomically(self._in(MANIFEST), _render(manifest))
         remove_traces(self.path)
 
@@ -494,13 +523,14 @@ class DatastoreWriter:
         """The keys as they are on the disk, shape (N, D), float16, memory-mapped."""
         return np.load(self._in(KEYS), mmap_mode="r")
 
-    def _written(self) -> List[_Written]:
-        return [
-            written
+    def _written(self) -> Dict[int, _Written]:
+        """What the journals of all shards say, by chunk."""
+        return {
+            written.chunk: written
             for name in os.listdir(self.path)
             if name.endswith(".journal")
-            for written in _parse_journal(open(self._in(name), "rb").read())
-        ]
+            for written in _parse_journal(_read_if_there(self._in(name)))
+        }
 
     # -- places --------------------------------------------------------------------------------
 
@@ -513,6 +543,9 @@ class DatastoreWriter:
 
     def _rows(self, chunk: int) -> Tuple[int, int]:
         return int(self._ends[chunk - 1]) if chunk else 0, int(self._ends[chunk])
+
+    def _size(self, name: str) -> int:
+        return self._offset(name, self.count)
 
     def _offset(self, name: str, row: int) -> int:
         shape, dtype = self._arrays[name]
@@ -535,8 +568,16 @@ def _journal_line(written: _Written) -> bytes:
 
 def _parse_journal(data: bytes) -> List[_Written]:
     """The whole lines of a journal; a line that a kill cut short does not count."""
-    lines = (line.split() for line in data.decode().split("\n")[:-1])
-    return [_Written(int(chunk), *sums) for chunk, *sums in lines]
+    lines = re.findall(rb"^(\d+) ([0-9a-f]{8}) ([0-9a-f]{8})\n", data, flags=re.MULTILINE)
+    return [_Written(int(chunk), *(s.decode() for s in sums)) for chunk, *sums in lines]
+
+
+def _read_if_there(path: str) -> bytes:
+    try:
+        with open(path, "rb") as file:
+            return file.read()
+    except FileNotFoundError:
+        return b""
 
 
 def remove_traces(path: str) -> None:

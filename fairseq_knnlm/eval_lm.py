@@ -11,11 +11,12 @@ import math
 import sys
 
 import torch
+import torch.distributed as dist
 
 logger = logging.getLogger(__name__)
 
 # fairseq-eval-lm leaves infinite scores out of sum and count, which would flatter perplexity. They
-# are handed over as a number that no sum or exponential survives, and the result is set to what
+# are handed over as a number whose mean is out of any other's reach, and the result is set to what
 # it is: infinite.
 _IMPOSSIBLE = -1e30
 
@@ -31,20 +32,18 @@ def use_scorer(make_scorer) -> None:
         return
     stock = getattr(module.eval_lm, "stock", module.eval_lm)
 
-    def eval_lm(*args, **kwargs):
+    def eval_lm(**arguments):
         module.eval_lm, stock_scorer = stock, module.SequenceScorer
-        used = []
-
-        def scorer(dictionary, softmax_batch=None, **options):
-            used.append(_Adapter(make_scorer(softmax_batch or 0)))
-            return used[-1]
-
-        module.SequenceScorer = scorer
+        scorer = _CountingScorer(
+            make_scorer(arguments.get("softmax_batch") or 0),
+            arguments["source_dictionary"],
+            arguments.get("post_process"),
+        )
+        module.SequenceScorer = lambda dictionary, softmax_batch: scorer
         try:
-            results = stock(*args, **kwargs)
+            return scorer.total(stock(**arguments))
         finally:
             module.SequenceScorer = stock_scorer
-        return used[0].finish(results)
 
     eval_lm.stock = stock
     module.eval_lm = eval_lm
@@ -59,27 +58,56 @@ def _running_module():
     return None
 
 
-class _Adapter:
-    """A scorer in the form that ``eval_lm`` can count: no infinite scores."""
+class _CountingScorer:
+    """A scorer whose results ``eval_lm`` can sum, and that knows what ``eval_lm`` counts.
 
-    def __init__(self, scorer):
+    Args:
+        scorer (KNNScorer): the scorer.
+        dictionary: fairseq's dictionary of the data.
+        post_process (str): ``--remove-bpe``: tokens that end with it count with the next one.
+    """
+
+    def __init__(self, scorer, dictionary, post_process):
         self._scorer = scorer
-        self._tokens = 0
+        self._targets = 0
+        self._counted = 0
+        self._continued = torch.tensor(
+            [i for i in range(len(dictionary)) if dictionary[i].endswith(post_process.rstrip())]
+            if post_process
+            else [],
+            dtype=torch.long,
+        )
 
     def generate(self, models, sample):
+        """Score a sample, with finite scores only."""
         hypotheses = self._scorer.generate(models, sample)
         for (hypothesis,) in hypotheses:
             hypothesis["positional_scores"].clamp_(min=_IMPOSSIBLE)
-            self._tokens += len(hypothesis["tokens"])
+        self._targets += len(sample["target"])
+        for targets in sample["target"].cpu().split(sample["target_lengths"]):
+            self._counted += len(targets) - int(torch.isin(targets[:-1], self._continued).sum())
         return hypotheses
 
-    def finish(self, results):
-        """Say in words, and in the result, that an impossible target makes it infinite."""
-        impossible = self._scorer.impossible
+    def total(self, results):
+        """The result of all processes; said in words where an impossible target decides it."""
+        bits = float(results["loss"]) * self._counted
+        bits, counted, targets, impossible = _sum_over_processes(
+            bits, self._counted, self._targets, self._scorer.impossible
+        )
+        loss = bits / counted if counted else 0.0
         if impossible:
             logger.warning(
-                f"{impossible:,} of {self._tokens:,} targets have probability 0, because no "
+                f"{impossible:,.0f} of {targets:,.0f} targets have probability 0, because no "
                 "neighbour has them and --knn-lambda is 1: perplexity is infinite"
             )
-            results = {**results, "loss": torch.tensor(math.inf), "perplexity": math.inf}
-        return results
+            loss = math.inf
+        return {"loss": loss, "perplexity": 2.0**loss}
+
+
+def _sum_over_processes(*numbers: float):
+    if not (dist.is_available() and dist.is_initialized()):
+        return numbers
+    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+    totals = torch.tensor(numbers, dtype=torch.float64, device=device)
+    dist.all_reduce(totals)
+    return totals.tolist()

@@ -36,7 +36,9 @@ def knn_log_probs(distances, values, targets, temperature=1.0):
         )
     if not temperature > 0:
         raise UserError(f"knn_log_probs: temperature must be > 0, got {temperature}")
-    log_weights = distances.float() / -temperature
+    # relative to the nearest: float32 has few digits left for differences of large distances
+    nearest = distances.float().amin(dim=1, keepdim=True).nan_to_num_(posinf=0.0)
+    log_weights = (nearest - distances) / temperature
     log_total = log_weights.logsumexp(dim=1)
     matches = values == targets.unsqueeze(1)
     log_matched = log_weights.masked_fill(~matches, -math.inf).logsumexp(dim=1)

@@ -13,17 +13,14 @@ from .errors import UserError
 
 
 class _Tap(NamedTuple):
-    """One end of one module: what flows in (``output=False``) or out of it."""
+    """One end of one module: what flows in (``output=False``) or out of it.
+
+    Layers see states of shape (T, B, D), the modules before the first of them (B, T, D).
+    """
 
     module: Optional[torch.nn.Module]
     output: bool
-
-
-def _below(decoder, layer):
-    """The module whose output is the residual stream that enters *layer*, before any norm."""
-    if layer > 0:
-        return decoder.layers[layer - 1].final_layer_norm
-    return decoder.layernorm_embedding
+    batch_first: bool = False
 
 
 def _ffn_input(decoder, layer, pre_norm):
@@ -45,7 +42,9 @@ def _attn_input(decoder, layer, pre_norm):
 def _attn_input_before_norm(decoder, layer, pre_norm):
     if pre_norm:
         return _Tap(decoder.layers[layer].self_attn_layer_norm, output=False)
-    return _Tap(_below(decoder, layer), output=False)
+    if layer > 0:
+        return _Tap(decoder.layers[layer - 1].final_layer_norm, output=False)
+    return _Tap(decoder.layernorm_embedding, output=False, batch_first=True)
 
 
 def _output(decoder, layer, pre_norm):
@@ -134,7 +133,10 @@ class KeyExtractor:
         self.keys = None
 
     def _catch_input(self, module, args):
-        self.keys = args[0]
+        self._keep(args[0])
 
     def _catch_output(self, module, args, output):
-        self.keys = output[0] if isinstance(output, tuple) else output
+        self._keep(output[0] if isinstance(output, tuple) else output)
+
+    def _keep(self, state):
+        self.keys = state.transpose(0, 1) if self._tap.batch_first else state

@@ -131,8 +131,8 @@ class Retriever:
         expected = self._manifest["dictionary"]
         if fingerprint != expected["sha256"]:
             raise UserError(
-                f"fairseq_knnlm: the dictionary of the data (sha256 {fingerprint[:12]}) is not that "
-                f"of the datastore {self._names()} ({expected['types']} types, sha256 "
+                f"fairseq_knnlm: the dictionary of the data (sha256 {fingerprint[:12]}) is not "
+                f"that of the datastore {self._names()} ({expected['types']} types, sha256 "
                 f"{expected['sha256'][:12]}): token ids would mean other words"
             )
 
@@ -145,8 +145,7 @@ class Retriever:
         Raises:
             UserError: naming both.
         """
-        with self.extractor(model) as extractor:
-            dimension = extractor.dimension
+        dimension = KeyExtractor(model.decoder).dimension
         if dimension != self._manifest["dimension"]:
             raise UserError(
                 f"fairseq_knnlm: the model's keys have {dimension} dimensions, those of the "

@@ -51,11 +51,12 @@ def log_p_knn(retrieved: Retrieved, ks: Sequence[int], temperature: float) -> to
     columns = torch.tensor(ks) - 1
     pieces = []
     for distances, matches in zip(retrieved.distances.split(_ROWS), retrieved.matches.split(_ROWS)):
-        # relative to the nearest, so that nothing overflows and the total is at least 1
+        # relative to the nearest, so that nothing overflows and the total is at least 1, or 0
+        # without any neighbour
         weights = ((distances[:, :1] - distances) / temperature).exp_().nan_to_num_(0.0)
         total = weights.cumsum(dim=1)[:, columns]
         matched = weights.mul_(matches).cumsum(dim=1)[:, columns]
-        pieces.append((matched.log() - total.log()).t())
+        pieces.append((matched.log() - total.clamp_(min=1.0).log()).t())
     return torch.cat(pieces, dim=1)
 
 

@@ -3,16 +3,19 @@
 Wires the parts together; besides ``cli/`` the only place that knows fairseq's configuration.
 """
 
+import contextlib
 import logging
+import types
 
-import torch
+import numpy as np
 from fairseq import models
 from fairseq.data import iterators
 from fairseq.models import FairseqLanguageModel
 from fairseq.tasks import register_task
 from fairseq.tasks.language_modeling import LanguageModelingTask
 
-from .config import KNNLMConfig, check_ranges, datastore_paths
+from .checkpoints import allow_plain_data
+from .config import KNNLMConfig, check_settings, datastore_paths
 from .context import BlockDataset, ChunkCollater, plan_chunks, refuse_oversized, shard
 from .errors import UserError
 from .eval_lm import use_scorer
@@ -20,6 +23,9 @@ from .fingerprint import dictionary_fingerprint, weights_fingerprint
 from .scorer import KNNScorer
 
 logger = logging.getLogger(__name__)
+
+# the import of --user-dir is early enough: before any checkpoint is read
+allow_plain_data()
 
 # Target tokens of a chunk: enough that one search over it is worth its fixed costs, ...
 CHUNK_TOKENS = 1 << 15
@@ -42,7 +48,7 @@ class KNNLMTask(LanguageModelingTask):
     @classmethod
     def setup_task(cls, args, **kwargs):
         """Set up the task; refuses settings and datastores that do not fit before any work."""
-        check_ranges(args)
+        check_settings(args)
         task = super().setup_task(args, **kwargs)
         paths = datastore_paths(args)
         if paths:
@@ -85,6 +91,11 @@ class KNNLMTask(LanguageModelingTask):
 
     # -- data ----------------------------------------------------------------------------------
 
+    def load_dataset(self, split, epoch=1, combine=False, **kwargs):
+        """Load a split, with every break mode on every numpy."""
+        with _numpy_compat():
+            super().load_dataset(split, epoch, combine, **kwargs)
+
     def blocks(self, dataset, context_window: int) -> BlockDataset:
         """The blocks of a loaded split, each with its left context.
 
@@ -101,7 +112,7 @@ class KNNLMTask(LanguageModelingTask):
         if str(self.args.sample_break_mode) == "complete_doc":
             slices = dataset.dataset.slice_indices
             # separators between documents belong to no block
-            document_starts = torch.ones(len(slices), dtype=torch.bool).numpy()
+            document_starts = np.ones(len(slices), dtype=bool)
             document_starts[1:] = slices[1:, 0] != slices[:-1, 1]
         return BlockDataset(
             dataset,
@@ -169,6 +180,19 @@ class KNNLMTask(LanguageModelingTask):
             temperature=self.args.knn_temperature,
             bos=self.target_dictionary.bos() if self.args.add_bos_token else None,
         )
+
+
+@contextlib.contextmanager
+def _numpy_compat():
+    """Lend numpy 2 the name ``np.compat.long``, without which fairseq fails in break mode eos."""
+    if hasattr(np, "compat"):
+        yield
+        return
+    np.compat = types.SimpleNamespace(long=np.int64)
+    try:
+        yield
+    finally:
+        del np.compat
 
 
 def _refuse_other_models(args) -> None:

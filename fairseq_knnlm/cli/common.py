@@ -12,7 +12,7 @@ from fairseq.logging import progress_bar
 
 import fairseq_knnlm
 
-from ..config import datastore_paths
+from ..config import check_settings, datastore_paths
 from ..errors import UserError
 
 
@@ -66,13 +66,9 @@ def load_task_and_model(cfg):
     path = cfg.common_eval.path
     if not path:
         raise UserError("fairseq_knnlm: --path is missing: which checkpoint?")
+    check_settings(cfg.task)
     if not os.path.exists(path):
-        ensemble = os.pathsep in path and all(map(os.path.exists, path.split(os.pathsep)))
-        raise UserError(
-            "fairseq_knnlm: an ensemble of models is not supported: --path must name one checkpoint"
-            if ensemble
-            else f"fairseq_knnlm: --path {path}: no such checkpoint"
-        )
+        raise UserError(f"fairseq_knnlm: --path {path}: no such checkpoint")
     if not os.path.exists(os.path.join(cfg.task.data, "dict.txt")):
         raise UserError(
             f"fairseq_knnlm: {cfg.task.data} is no directory made by fairseq-preprocess: it has no "

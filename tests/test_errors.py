@@ -1,0 +1,201 @@
+"""Bad input ends in one clear message that names both sides, a non-zero exit, and no damage."""
+
+import shutil
+
+import numpy as np
+import pytest
+from conftest import USER_DIR, build, command, evaluate, knnlm, run
+
+from fairseq_knnlm.errors import UserError
+
+
+def refused(message, *parts):
+    """Whether an error's text has every part."""
+    return all(str(part) in str(message.value) for part in parts)
+
+
+@pytest.mark.parametrize(
+    "flags, parts",
+    [
+        (["--knn-k", 0], ["--knn-k", ">= 1", "got 0"]),
+        (["--knn-lambda", 1.5], ["--knn-lambda", "[0, 1]", "1.5"]),
+        (["--knn-lambda", "nan"], ["--knn-lambda", "[0, 1]", "nan"]),
+        (["--knn-temperature", 0], ["--knn-temperature", "> 0", "got 0"]),
+        (["--knn-temperature", "inf"], ["--knn-temperature", "inf"]),
+        (["--knn-nprobe", 0], ["--knn-nprobe", ">= 1", "got 0"]),
+        (["--knn-k", -3, "--knn-lambda", -1], ["--knn-k", "--knn-lambda"]),
+        (["--knn-k", 10**6], ["--knn-k 1000000", "entries"]),
+        (["--knn-key", "attn-input"], ["--knn-key attn-input", "ffn-input"]),
+        (["--knn-metric", "ip"], ["--knn-metric ip", "built with l2"]),
+        (["--knn-device", "cuda"], ["--knn-device cuda", "GPU"]),
+    ],
+    ids=str,
+)
+def test_settings(data, checkpoints, datastores, flags, parts):
+    with pytest.raises(UserError) as error:
+        evaluate(data, checkpoints["plain"], "--knn-datastore", datastores["plain"], *flags)
+    assert refused(error, *parts)
+
+
+def test_no_such_datastore(data, checkpoints, tmp_path):
+    with pytest.raises(UserError) as error:
+        evaluate(data, checkpoints["plain"], "--knn-datastore", tmp_path / "none")
+    assert refused(error, tmp_path / "none", "no such directory")
+
+
+def test_another_checkpoint(data, checkpoints, datastores):
+    with pytest.raises(UserError) as error:
+        evaluate(
+            data, checkpoints["adaptive"], "--knn-datastore", datastores["plain"], "--knn-k", 8
+        )
+    assert refused(error, "weights", "sha256", datastores["plain"])
+
+
+def test_another_dictionary(data, checkpoints, datastores, tmp_path):
+    other = tmp_path / "bin"
+    shutil.copytree(data, other)
+    lines = (data / "dict.txt").read_text().splitlines()
+    (other / "dict.txt").write_text("\n".join(lines[::-1]) + "\n")
+    with pytest.raises(UserError) as error:
+        evaluate(other, checkpoints["plain"], "--knn-datastore", datastores["plain"], "--knn-k", 8)
+    assert refused(error, "dictionary", "sha256", datastores["plain"])
+
+
+def test_another_dimension(data, checkpoints, datastores, tmp_path):
+    run(
+        command("fairseq-train"), data, "--task", "language_modeling", "--arch", "transformer_lm",
+        "--decoder-layers", 1, "--decoder-embed-dim", 16, "--decoder-input-dim", 16,
+        "--decoder-output-dim", 16, "--decoder-ffn-embed-dim", 16, "--decoder-attention-heads", 1,
+        "--optimizer", "sgd", "--lr", 0.1, "--max-update", 1, "--tokens-per-sample", 32,
+        "--max-tokens", 64, "--cpu", "--disable-validation", "--save-dir", tmp_path,
+    )  # fmt: skip
+    with pytest.raises(UserError) as error:
+        evaluate(
+            data, tmp_path / "checkpoint_last.pt", "--knn-datastore", datastores["plain"],
+            "--knn-k", 8,
+        )  # fmt: skip
+    assert refused(error, "16 dimensions", "32", datastores["plain"])
+
+
+def test_truncated_datastore(data, checkpoints, datastores, tmp_path):
+    damaged = tmp_path / "d"
+    shutil.copytree(datastores["plain"], damaged)
+    with open(damaged / "keys.npy", "r+b") as file:
+        file.truncate(1000)
+    with pytest.raises(UserError) as error:
+        evaluate(data, checkpoints["plain"], "--knn-datastore", damaged, "--knn-k", 8)
+    assert refused(error, "keys.npy", "1000 bytes", "truncated")
+
+
+def test_ensemble(data, checkpoints, tmp_path):
+    both = f"{checkpoints['plain']}:{checkpoints['adaptive']}"
+    with pytest.raises(UserError) as error:
+        build(data, both, tmp_path / "d")
+    assert refused(error, "ensemble", "not supported")
+    assert not (tmp_path / "d").exists()
+
+
+def test_ensemble_in_eval_lm(data, checkpoints):
+    both = f"{checkpoints['plain']}:{checkpoints['adaptive']}"
+    done = run(
+        command("fairseq-eval-lm"), data, "--user-dir", USER_DIR, "--task", "knnlm_lm",
+        "--path", both, "--cpu", check=False,
+    )  # fmt: skip
+    assert done.returncode != 0
+    assert "ensemble of models is not supported" in done.stdout
+
+
+def test_model_that_is_no_language_model(data, tmp_path):
+    shutil.copytree(data, tmp_path / "bin")
+    for name in ("dict.a.txt", "dict.b.txt"):
+        shutil.copy(data / "dict.txt", tmp_path / "bin" / name)
+    for split in ("train", "valid"):
+        for side in "ab":
+            for ending in ("bin", "idx"):
+                shutil.copy(
+                    data / f"{split}.{ending}", tmp_path / "bin" / f"{split}.a-b.{side}.{ending}"
+                )
+    run(
+        command("fairseq-train"), tmp_path / "bin", "--task", "translation",
+        "--arch", "transformer_iwslt_de_en", "--encoder-layers", 1, "--decoder-layers", 1,
+        "--encoder-embed-dim", 32, "--decoder-embed-dim", 32, "--optimizer", "sgd", "--lr", 0.1,
+        "--max-update", 1, "--max-tokens", 64, "--cpu", "--disable-validation",
+        "--save-dir", tmp_path / "save",
+    )  # fmt: skip
+    with pytest.raises(UserError) as error:
+        build(data, tmp_path / "save" / "checkpoint_last.pt", tmp_path / "d")
+    assert refused(error, "transformer_iwslt_de_en", "decoder-only")
+
+
+def test_blocks_longer_than_the_model_takes(data, checkpoints, tmp_path):
+    with pytest.raises(UserError) as error:
+        build(data, checkpoints["plain"], tmp_path / "d", "--tokens-per-sample", 64)
+    assert refused(error, "64", "32", "--tokens-per-sample")
+    with pytest.raises(UserError) as error:
+        evaluate(data, checkpoints["plain"], "--tokens-per-sample", 64)
+    assert refused(error, "64", "32", "--tokens-per-sample")
+
+
+def test_build_over_a_finished_datastore(data, checkpoints, datastores):
+    before = {file.name: file.read_bytes() for file in datastores["plain"].iterdir()}
+    with pytest.raises(UserError) as error:
+        build(data, checkpoints["plain"], datastores["plain"])
+    assert refused(error, datastores["plain"], "--overwrite")
+    assert {file.name: file.read_bytes() for file in datastores["plain"].iterdir()} == before
+
+
+def test_bad_arguments_of_build_make_no_directory(data, checkpoints, tmp_path):
+    cases = [
+        (["--gen-subset", "nonesuch"], "no split 'nonesuch'"),
+        (["--path", tmp_path / "no.pt"], "no such checkpoint"),
+        (["--knn-index", "IVF4,Nonsense"], "--knn-index"),
+        (["--knn-key-layer", 7], "--knn-key-layer 7"),
+        (["--max-tokens", 16], "--max-tokens"),
+        (["--num-shards", 2, "--shard-id", 2], "--shard-id"),
+    ]
+    for flags, part in cases:
+        with pytest.raises(UserError) as error:
+            build(data, checkpoints["plain"], tmp_path / "d", *flags)
+        assert refused(error, part)
+    assert not (tmp_path / "d").exists()
+
+
+def test_directory_that_cannot_be_written(data, checkpoints, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError) as error:
+        build(data, checkpoints["plain"], tmp_path / "file" / "d")
+    assert refused(error, "--knn-datastore", tmp_path / "file" / "d")
+
+
+def test_message_and_exit_status_of_the_commands(data, checkpoints, datastores):
+    """A message without a traceback, and a non-zero exit, in our commands and the stock one."""
+    flags = [data, "--path", checkpoints["plain"], "--cpu", "--tokens-per-sample", 32]
+    flags += ["--knn-datastore", datastores["plain"], "--knn-lambda", 2]
+    stock = [command("fairseq-eval-lm"), "--user-dir", USER_DIR, "--task", "knnlm_lm"]
+    for done in (
+        run(*stock, *flags, check=False),
+        knnlm("fairseq-knnlm-tune", *flags, check=False),
+    ):
+        assert done.returncode == 1
+        assert "Traceback" not in done.stdout
+        assert done.stdout.strip().endswith("--knn-lambda must be in [0, 1], got 2.0")
+
+
+def test_tuning_and_reporting_on_one_split(data, checkpoints, datastores):
+    from fairseq_knnlm.cli.tune import main
+
+    with pytest.raises(UserError) as error:
+        main([str(word) for word in (
+            data, "--path", checkpoints["plain"], "--knn-datastore", datastores["plain"],
+            "--gen-subset", "valid", "--report-subset", "valid", "--cpu",
+        )])  # fmt: skip
+    assert refused(error, "--report-subset", "valid")
+
+
+def test_key_beyond_half_precision(tmp_path):
+    from fairseq_knnlm.datastore import DatastoreWriter
+
+    with DatastoreWriter(str(tmp_path), {}, [2], 3, np.dtype("uint8")) as writer:
+        with pytest.raises(UserError) as error:
+            writer.write(0, np.full((2, 3), np.inf, dtype=np.float16), np.zeros(2, dtype=np.uint8))
+    assert refused(error, "float16", "65504")
