@@ -201,10 +201,13 @@ def read_manifest(path: str) -> Dict:
 def refuse_finished(path: str) -> None:
     """Refuse to build over a finished datastore.
 
+    What a build that was killed after its manifest left behind is removed.
+
     Raises:
         UserError: if there is one at *path*.
     """
     if os.path.exists(os.path.join(path, MANIFEST)):
+        remove_traces(path)
         raise UserError(
             f"fairseq_knnlm: {path} holds a finished datastore; pass --overwrite to build it "
             "anew, or another --knn-datastore"
@@ -275,8 +278,14 @@ class DatastoreWriter:
     ):
         self.path = path
         self.settings = json.loads(json.dumps(settings))
-        self._plan = {"num_shards": num_shards, "dimension": dimension, "dtype": str(dtype)}
         self._ends = np.cumsum(np.asarray(chunk_sizes, dtype=np.int64))
+        self._plan = {
+            "num_shards": num_shards,
+            "count": self.count,
+            "chunks": checksum(self._ends),
+            "dimension": dimension,
+            "dtype": str(np.dtype(dtype)),
+        }
         self._arrays = {
             KEYS: ((self.count, dimension), KEY_DTYPE),
             VALUES: ((self.count,), np.dtype(dtype)),
@@ -358,12 +367,13 @@ class DatastoreWriter:
     def _check_settings(self) -> None:
         with open(self._in(SETTINGS), "rb") as file:
             begun = json.load(file)
-        if begun != self._begun():
+        now = self._begun()
+        if begun != now:
             differing = sorted(
-                f"{name} was {_brief(begun[part].get(name))}, is {_brief(value)}"
-                for part, settings in self._begun().items()
-                for name, value in settings.items()
-                if begun[part].get(name) != value
+                f"{name} was {_brief(begun[part].get(name))}, is {_brief(now[part].get(name))}"
+                for part in now
+                for name in {**begun[part], **now[part]}
+                if begun[part].get(name) != now[part].get(name)
             )
             raise UserError(
                 f"fairseq_knnlm: {self.path} holds an unfinished datastore that was begun with "
@@ -467,6 +477,9 @@ class DatastoreWriter:
         with self._disk_errors_explained():
             for file in self._files.values():
                 os.fsync(file.fileno())  # the builder that finishes relies on the journal
+        if os.path.exists(self._in(MANIFEST)):
+            yield None
+            return
         with lock(self._in(LOCK), "is being finished by another builder", wait=True):
             if os.path.exists(self._in(MANIFEST)):
                 yield None
@@ -583,10 +596,9 @@ def _read_if_there(path: str) -> bytes:
 def remove_traces(path: str) -> None:
     """Remove what only a build in progress needs."""
     shutil.rmtree(os.path.join(path, INDEX_WORK), ignore_errors=True)
-    for name in os.listdir(path):
-        if name.startswith("building") and name != LOCK:
+    for name in sorted(os.listdir(path)):  # building.lock last
+        if name.startswith("building"):
             os.remove(os.path.join(path, name))
-    os.remove(os.path.join(path, LOCK))
 
 
 @contextlib.contextmanager

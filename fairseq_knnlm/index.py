@@ -2,10 +2,11 @@
 
 import contextlib
 import logging
+import math
 import os
 import re
 import struct
-from typing import Dict, Iterator, NamedTuple, Optional
+from typing import Callable, Dict, Iterator, NamedTuple, Optional
 
 import numpy as np
 
@@ -29,11 +30,12 @@ FLAT_BELOW = 8192
 MAX_NLIST = 4096
 # FAISS warns below 39 training keys a list and ignores more than 256.
 TRAINING_KEYS_PER_LIST = 64
-# Rows added between two saves: an interrupted build loses no more than one part.
+# Rows added between two saves: what an interrupted build loses at most.
 PART_ROWS = 1 << 23
 # Exact distances are computed for this many candidates of the index per neighbour (measured on
-# real keys: twice as many leave 0.03% of perplexity to brute force, as many leave 0.2%), ...
-CANDIDATES_PER_NEIGHBOR = 2
+# 2M real keys, k = 1024: 1.0 is 0.18% of perplexity from brute force, 1.25 0.10%, 1.5 and 2.0
+# 0.03%), ...
+CANDIDATES_PER_NEIGHBOR = 1.5
 # ... and for no fewer than this, since few neighbours are lost more easily.
 MIN_CANDIDATES = 64
 # A limit of FAISS's GPU indexes.
@@ -67,7 +69,7 @@ def make_index(factory: str, dimension: int, metric: str):
         UserError: if FAISS does not know the factory string.
     """
     # "PQ16" would turn on polysemous training, 30 times slower and not used here
-    plain = re.sub(r"(PQ\d+(x8)?)(?=$|,)", r"\1np", factory)
+    plain = re.sub(r"(?<![A-Z])(PQ\d+(x\d+)?)(?=$|,)", r"\1np", factory)
     try:
         return faiss.index_factory(dimension, plain, METRICS[metric])
     except RuntimeError as error:
@@ -143,8 +145,8 @@ def build_index(
 ) -> Dict:
     """Train an index, add all keys in one sequential pass, and save it.
 
-    What is done is kept in *work_path* (the trained index, then parts of the filled one), and a
-    build that was interrupted goes on from there to the same bytes.
+    What is done is kept in *work_path*, and a build that was interrupted goes on from there to the
+    same bytes.
 
     Args:
         keys (ndarray): shape (N, D), float16; row i gets id i.
@@ -161,25 +163,21 @@ def build_index(
         UserError: if FAISS refuses the factory string or the number of keys.
     """
     os.makedirs(work_path, exist_ok=True)
-    trained_path = os.path.join(work_path, "trained.faiss")
-    if not os.path.exists(trained_path):
+    begun_path = os.path.join(work_path, "begun.faiss")
+    if os.path.exists(begun_path):
+        index = load(begun_path)
+    else:
         index = make_index(factory, keys.shape[1], metric)
         _train(index, keys, report)
-        save(index, trained_path)
-    part_paths = []
-    for start in range(0, max(len(keys), 1), PART_ROWS):
-        part_paths.append(os.path.join(work_path, f"part-{start}.faiss"))
-        if not os.path.exists(part_paths[-1]):
-            stop = min(start + PART_ROWS, len(keys))
-            part = load(trained_path)
-            for block in _blocks(keys, start, stop):
-                part.add(block)
-                report(f"indexed {start + part.ntotal:,} of {len(keys):,} keys")
-            save(part, part_paths[-1])
-    index = load(part_paths[0])
-    for part_path in part_paths[1:]:
-        index.merge_from(load(part_path), index.ntotal)
-    save(index, path)
+        save(index, begun_path)
+    # not in parts to be merged: FAISS merges not every kind, and of fast-scan codes leaves bytes
+    # in the merged lists uninitialised
+    for start in range(index.ntotal, len(keys), PART_ROWS):
+        stop = min(start + PART_ROWS, len(keys))
+        for block in _blocks(keys, start, stop):
+            index.add(block)
+            report(f"indexed {index.ntotal:,} of {len(keys):,} keys")
+        save(index, begun_path if stop < len(keys) else path)
     return describe(index, factory, metric)
 
 
@@ -285,9 +283,7 @@ class SearchIndex:
         self._metric = metric
         self._index = load(path)
         self._on_gpu = device == "cuda"
-        ivf = _ivf(self._index)
-        self._nlist = ivf.nlist if ivf is not None else None
-        self._transforms = isinstance(self._index, faiss.IndexPreTransform)
+        self._params = _search_params(self._index)
         self._exhaustive = isinstance(self._index, faiss.IndexFlat)
         self._keys = _KeysIndex(keys, metric) if keys is not None else None
         if self._on_gpu:
@@ -303,35 +299,52 @@ class SearchIndex:
             k (int): at most the number of entries.
             nprobe (int): inverted lists visited; all where the index has fewer.
         """
-        params = self._probe(nprobe)
+        params = self._params(nprobe)
         if self._keys is None:
             distances, ids = self._index.search(queries, k, params=params)
         else:
-            distances, ids = self._refined.search(
-                queries,
-                k,
-                params=faiss.IndexRefineSearchParameters(
-                    k_factor=self._candidates(k) / k, base_index_params=params
-                ),
+            params = faiss.IndexRefineSearchParameters(
+                k_factor=self._candidates(k) / k, base_index_params=params
             )
+            order = self._neighbourly(queries)
+            distances, ids = np.empty((len(queries), k), np.float32), np.empty((len(queries), k), int)
+            distances[order], ids[order] = self._refined.search(queries[order], k, params=params)
         if self._metric == "ip":
-            distances = -distances
+            np.negative(distances, out=distances)
         distances[ids < 0] = np.inf
         return Found(distances, ids)
+
+    def _neighbourly(self, queries: np.ndarray) -> np.ndarray:
+        """An order of the queries in which those of one list stand side by side.
+
+        They share candidates, whose keys are then in the cache: a quarter less time of re-scoring.
+        """
+        if not isinstance(self._index, faiss.IndexIVF):
+            return np.arange(len(queries))
+        return self._index.quantizer.assign(queries, 1)[:, 0].argsort(kind="stable")
 
     def _candidates(self, k: int) -> int:
         if self._exhaustive:
             return k
-        wanted = max(CANDIDATES_PER_NEIGHBOR * k, MIN_CANDIDATES)
+        wanted = max(math.ceil(CANDIDATES_PER_NEIGHBOR * k), MIN_CANDIDATES)
         return min(wanted, self._index.ntotal, GPU_MAX_K if self._on_gpu else wanted)
 
-    def _probe(self, nprobe: int):
-        if self._nlist is None:
-            return None
-        params = faiss.SearchParametersIVF(nprobe=min(nprobe, self._nlist))
-        if self._transforms:
-            return faiss.SearchParametersPreTransform(index_params=params)
-        return params
+
+def _search_params(index) -> Callable:
+    """What makes the search parameters for an nprobe, in the form that this kind of index takes."""
+    index = faiss.downcast_index(index)
+    if isinstance(index, faiss.IndexIVF):
+        nlist = index.nlist
+        return lambda nprobe: faiss.SearchParametersIVF(nprobe=min(nprobe, nlist))
+    if isinstance(index, faiss.IndexPreTransform):
+        inner = _search_params(index.index)
+        return lambda nprobe: faiss.SearchParametersPreTransform(index_params=inner(nprobe))
+    if isinstance(index, faiss.IndexRefine):
+        base, k_factor = _search_params(index.base_index), index.k_factor
+        return lambda nprobe: faiss.IndexRefineSearchParameters(
+            k_factor=k_factor, base_index_params=base(nprobe)
+        )
+    return lambda nprobe: None
 
 
 class _KeysIndex:

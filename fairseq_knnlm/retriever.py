@@ -61,7 +61,10 @@ class Retriever:
                 f"fairseq_knnlm: --knn-k {k} is more than the {len(self)} entries of "
                 f"{self._names()}"
             )
-        self._device = faiss_index.choose_device(device, self._manifest["index"]["factory"], k)
+        self._devices = [
+            faiss_index.choose_device(device, datastore.manifest["index"]["factory"], k)
+            for datastore in self.datastores
+        ]
         self._indexes: Optional[List] = None
 
     @classmethod
@@ -185,7 +188,7 @@ class Retriever:
 
     def _search_each(self, queries: np.ndarray):
         if self._indexes is None:
-            self._indexes = [self._load(datastore) for datastore in self.datastores]
+            self._indexes = [self._load(*each) for each in zip(self.datastores, self._devices)]
         first_id = 0
         for datastore, index in zip(self.datastores, self._indexes):
             found = index.search(queries, min(self.k, len(datastore)), self.nprobe)
@@ -196,12 +199,12 @@ class Retriever:
             yield (torch.from_numpy(part) for part in (found.distances, values, ids))
             first_id += len(datastore)
 
-    def _load(self, datastore: Datastore):
+    def _load(self, datastore: Datastore, device: str):
         return faiss_index.SearchIndex(
             datastore.index_path,
             datastore.manifest["metric"],
             keys=datastore.keys if self.exact else None,
-            device=self._device,
+            device=device,
         )
 
 

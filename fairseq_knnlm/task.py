@@ -160,7 +160,10 @@ class KNNLMTask(LanguageModelingTask):
         """
         blocks = self.blocks(dataset, context_window)
         refuse_oversized(blocks, max_positions or max_tokens, max_tokens)
-        chunks = shard(plan_chunks(blocks.sizes, self._chunk_tokens()), num_shards, shard_id)
+        # every shard gets its share, also of a short text
+        share = -(-int(blocks.sizes.sum()) // num_shards)
+        chunks = plan_chunks(blocks.sizes, min(self._chunk_tokens(), share))
+        chunks = shard(chunks, num_shards, shard_id)
         return self.chunk_iterator(
             blocks, chunks, max_tokens, batch_size, num_workers, data_buffer_size
         )

@@ -1,8 +1,12 @@
-"""Small datastores, and what neighbours must be, in plain numpy."""
+"""Small datastores and models, and what neighbours must be, in plain numpy."""
 
 import os
+import types
 
 import numpy as np
+import torch
+from fairseq.data import Dictionary
+from fairseq.models.transformer_lm import TransformerLanguageModel, TransformerLanguageModelConfig
 
 from fairseq_knnlm.datastore import INDEX, KEYS, MANIFEST, VALUES, DatastoreWriter, value_dtype
 from fairseq_knnlm.index import build_index
@@ -107,3 +111,35 @@ def assert_nearest(distances, ids, exact, rtol=1e-5):
     assert all(len(set(row)) == k for row in ids.tolist()), "an entry was found twice"
     np.testing.assert_allclose(np.take_along_axis(exact, ids, axis=1), distances, **tolerance)
     np.testing.assert_allclose(distances, np.sort(exact, axis=1)[:, :k], **tolerance)
+
+
+def make_dictionary(count):
+    """A dictionary of *count* symbols besides fairseq's own four."""
+    dictionary = Dictionary()
+    for token in range(count):
+        dictionary.add_symbol(f"w{token}")
+    return dictionary
+
+
+def make_model(pre_norm=True, layernorm_embedding=True, final_norm=True, seed=1):
+    """A transformer_lm of 3 layers and 8 dimensions; random weights, layer norms included."""
+    config = TransformerLanguageModelConfig(
+        decoder_layers=3,
+        decoder_embed_dim=8,
+        decoder_input_dim=8,
+        decoder_output_dim=8,
+        decoder_ffn_embed_dim=12,
+        decoder_attention_heads=2,
+        decoder_normalize_before=pre_norm,
+        layernorm_embedding=layernorm_embedding,
+        no_decoder_final_norm=not final_norm,
+        max_target_positions=32,
+        dropout=0.5,
+    )
+    dictionary = make_dictionary(20)
+    task = types.SimpleNamespace(source_dictionary=dictionary, target_dictionary=dictionary)
+    model = TransformerLanguageModel.build_model(config, task).eval()
+    chance = torch.Generator().manual_seed(seed)
+    for parameter in model.parameters():
+        parameter.data.normal_(std=0.7, generator=chance)
+    return model

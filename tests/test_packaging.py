@@ -1,0 +1,84 @@
+"""What is installed: the wheel, its commands, and what the README says of them."""
+
+import re
+import subprocess
+import sys
+import zipfile
+
+import pytest
+from conftest import REPOSITORY, command, run
+
+import fairseq_knnlm
+
+COMMANDS = ["fairseq-knnlm-build", "fairseq-knnlm-tune", "fairseq-knnlm-info"]
+
+
+@pytest.fixture(scope="session")
+def wheel(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("wheel")
+    source = folder / "source"
+    subprocess.run(
+        ["git", "checkout-index", "--all", f"--prefix={source}/"], cwd=REPOSITORY, check=True
+    )
+    run(
+        sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation",
+        "--wheel-dir", folder, source,
+    )  # fmt: skip
+    (path,) = folder.glob("*.whl")
+    return path
+
+
+def test_wheel_holds_the_package_and_nothing_else(wheel):
+    names = zipfile.ZipFile(wheel).namelist()
+    sources = {
+        str(path.relative_to(REPOSITORY)) for path in (REPOSITORY / "fairseq_knnlm").rglob("*.py")
+    }
+    assert {name for name in names if ".dist-info/" not in name} == sources
+
+
+def test_wheel_names_what_it_needs(wheel):
+    archive = zipfile.ZipFile(wheel)
+    (metadata,) = (name for name in archive.namelist() if name.endswith("METADATA"))
+    text = archive.read(metadata).decode()
+    assert f"Version: {fairseq_knnlm.__version__}" in text
+    required = re.findall(r"Requires-Dist: ([\w-]+)[^;\n]*(?:; python_version.*)?$", text, re.M)
+    assert sorted(required) == ["fairseq", "fairseq-fixed", "numpy", "sacremoses", "torch"]
+
+
+def test_wheel_works_outside_the_repository(wheel, data, checkpoints, tmp_path):
+    """The installed package's own directory serves as --user-dir."""
+    run(
+        sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", tmp_path / "site",
+        wheel,
+    )  # fmt: skip
+    done = subprocess.run(
+        [
+            command("fairseq-eval-lm"), data, "--user-dir", tmp_path / "site" / "fairseq_knnlm",
+            "--task", "knnlm_lm", "--path", checkpoints["plain"], "--cpu",
+            "--tokens-per-sample", "32",
+        ],
+        cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0 and "Perplexity" in done.stdout, done.stdout[-2000:]
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_installed_commands_help(name):
+    text = run(command(name), "--help").stdout
+    assert "usage:" in text
+    if name != "fairseq-knnlm-info":
+        assert "--knn-datastore" in text and "--tokens-per-sample" in text
+
+
+def test_readme_names_only_flags_and_files_that_exist():
+    text = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+    helps = "".join(run(command(name), "--help").stdout for name in COMMANDS)
+    stock = run(command("fairseq-train"), "--help").stdout
+    stock += run(command("fairseq-preprocess"), "--help").stdout
+    flags = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", text))
+    known = set(re.findall(r"--[a-z][a-z-]+", helps + stock))
+    known |= set(re.findall(r"--[a-z][a-z-]+", (REPOSITORY / "examples/sotu/prepare.py").read_text()))
+    known |= set(re.findall(r"--[a-z][a-z-]+", (REPOSITORY / "examples/sotu/demo.py").read_text()))
+    assert flags - known == set()
+    for target in re.findall(r"\]\((?!https?:|#)([^)#]+)", text):
+        assert (REPOSITORY / target).exists(), target
