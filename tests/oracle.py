@@ -70,12 +70,12 @@ def score(task, model, split, context_window=0):
     return tuple(torch.cat(parts).numpy() for parts in (keys, targets, log_probs))
 
 
-def knn_log_probs(keys, values, queries, targets, k, temperature):
+def knn_log_probs(keys, values, queries, targets, k, temperature, metric="l2"):
     """log p_knn of the targets, every distance computed in float64."""
     result = []
     keys = keys.astype(np.float16).astype(np.float64)
     for query, target in zip(queries.astype(np.float64), targets):
-        distances = ((keys - query) ** 2).sum(axis=1)
+        distances = ((keys - query) ** 2).sum(axis=1) if metric == "l2" else -(keys @ query)
         nearest = np.argsort(distances, kind="stable")[:k]
         weights = np.exp(-(distances[nearest] - distances[nearest].min()) / temperature)
         with np.errstate(divide="ignore"):

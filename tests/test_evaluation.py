@@ -30,6 +30,20 @@ def test_equals_brute_force(data, checkpoints, datastores, model, k, temperature
     assert found == pytest.approx(expected, rel=1e-4)
 
 
+@pytest.mark.parametrize("index", ["Flat", "IVF8,SQfp16"])
+def test_inner_product_equals_brute_force(data, checkpoints, tmp_path, index):
+    build(data, checkpoints["plain"], tmp_path / "d", "--knn-metric", "ip", "--knn-index", index)
+    task, model = oracle.load(data, checkpoints["plain"], 32)
+    keys, values, _ = oracle.score(task, model, "train")
+    queries, targets, log_p_lm = oracle.score(task, model, "valid")
+    log_p_knn = oracle.knn_log_probs(keys, values, queries, targets, 32, 2.0, metric="ip")
+    found = evaluate(
+        data, checkpoints["plain"], "--gen-subset", "valid", "--knn-datastore", tmp_path / "d",
+        "--knn-k", 32, "--knn-temperature", 2, "--knn-nprobe", 8,
+    )  # fmt: skip
+    assert found == pytest.approx(oracle.perplexity(log_p_lm, log_p_knn, 0.25), rel=1e-4)
+
+
 @pytest.mark.parametrize(
     # not complete_doc with context: fairseq, and so the oracle, lets it cross documents
     "break_mode, context_window",
@@ -101,9 +115,9 @@ def test_scores_do_not_depend_on_batches_or_workers(data, checkpoints, datastore
     assert results == pytest.approx([results[0]] * 3, rel=1e-5)
 
 
-def test_default_index_is_close_to_exhaustive_search(data, checkpoints, datastores, tmp_path):
-    build(data, checkpoints["adaptive"], tmp_path / "d", "--knn-index", "IVF16,PQ8")
-    settings = ["--knn-k", 64, "--knn-temperature", 10, "--knn-nprobe", 8]
+def test_quantised_index_is_close_to_exhaustive_search(data, checkpoints, datastores, tmp_path):
+    build(data, checkpoints["adaptive"], tmp_path / "d", "--knn-index", "IVF16,PQ32x4fs")
+    settings = ["--knn-k", 64, "--knn-temperature", 10]
     flat = evaluate(
         data, checkpoints["adaptive"], "--knn-datastore", datastores["adaptive"], *settings
     )

@@ -127,6 +127,7 @@ def test_hooks_are_removed_on_the_way_out(key):
     with pytest.raises(RuntimeError, match="stop"):
         with KeyExtractor(model.decoder, key) as extractor:
             assert len(hooks(model)) == 1
+            model(make_tokens(), src_lengths=None, features_only=True)
             raise RuntimeError("stop")
     assert hooks(model) == []
     model(make_tokens(), src_lengths=None, features_only=True)

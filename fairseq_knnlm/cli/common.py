@@ -14,6 +14,7 @@ import fairseq_knnlm
 
 from ..config import check_settings, datastore_paths
 from ..errors import UserError
+from ..task import KNNLMTask
 
 
 def configure_logging() -> None:
@@ -30,6 +31,7 @@ def configure_logging() -> None:
 def make_parser(description: str, gen_subset: str):
     """The parser of ``fairseq-eval-lm``, for the task ``knnlm_lm``."""
     parser = options.get_eval_lm_parser(default_task="knnlm_lm")
+    KNNLMTask.add_args(parser)  # fairseq adds them after it has served --help
     parser.description = description
     parser.set_defaults(gen_subset=gen_subset, user_dir=os.path.dirname(fairseq_knnlm.__file__))
     return parser
