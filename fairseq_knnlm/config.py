@@ -68,7 +68,7 @@ class KNNLMConfig(LanguageModelingConfig):
         default=None,
         metadata={
             "help": "'l2' (squared) or 'ip' (inner product); fixed when the datastore is built "
-            "(default there: {})".format(DEFAULT_METRIC)
+            f"(default there: {DEFAULT_METRIC})"
         },
     )
     knn_index: Optional[str] = field(

@@ -307,8 +307,9 @@ class SearchIndex:
                 k_factor=self._candidates(k) / k, base_index_params=params
             )
             order = self._neighbourly(queries)
-            distances, ids = np.empty((len(queries), k), np.float32), np.empty((len(queries), k), int)
-            distances[order], ids[order] = self._refined.search(queries[order], k, params=params)
+            found = self._refined.search(queries[order], k, params=params)
+            distances, ids = (np.empty_like(part) for part in found)
+            distances[order], ids[order] = found
         if self._metric == "ip":
             np.negative(distances, out=distances)
         distances[ids < 0] = np.inf

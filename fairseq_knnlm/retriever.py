@@ -113,9 +113,12 @@ class Retriever:
             return
         for datastore in self.datastores:
             manifest = datastore.manifest
+            key = manifest["key"]
+            if flag == "--knn-key-layer" and -key["layers"] <= value < 0:
+                value += key["layers"]
             found = {
-                "--knn-key": manifest["key"]["type"],
-                "--knn-key-layer": manifest["key"]["layer"],
+                "--knn-key": key["type"],
+                "--knn-key-layer": key["layer"],
                 "--knn-metric": manifest["metric"],
                 "--knn-index": manifest["index"]["factory"],
             }[flag]

@@ -2,6 +2,11 @@
 
 import contextlib
 import os
+
+# Before torch and FAISS are imported: the matrices of the tests are too small to share, and two
+# pools of threads that wait for each other cost five times as much.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import random
 import subprocess
 import sys
@@ -42,7 +47,7 @@ def command(name):
 
 def run(*arguments, check=True, **options):
     """Run a command line as a user would; its output is in ``stdout``."""
-    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
     done = subprocess.run(
         [str(argument) for argument in arguments],
         stdout=subprocess.PIPE,

@@ -8,7 +8,8 @@ import torch
 from fairseq.data import Dictionary
 from fairseq.models.transformer_lm import TransformerLanguageModel, TransformerLanguageModelConfig
 
-from fairseq_knnlm.datastore import INDEX, KEYS, MANIFEST, VALUES, DatastoreWriter, value_dtype
+from fairseq_knnlm.datastore import INDEX, KEYS, MANIFEST, VALUES
+from fairseq_knnlm.datastore_writer import DatastoreWriter, value_dtype
 from fairseq_knnlm.index import build_index
 
 FILES = (KEYS, VALUES, INDEX, MANIFEST)
@@ -32,7 +33,7 @@ def random_values(seed, count, vocabulary_size):
 def settings(**changed):
     """What the manifest of a datastore says of model, text and key."""
     return {
-        "key": {"type": "ffn-input", "layer": 1},
+        "key": {"type": "ffn-input", "layer": 1, "layers": 2},
         "metric": "l2",
         "model": {"sha256": "a" * 64, "parameters": 12},
         "dictionary": {"sha256": "b" * 64, "types": 200},

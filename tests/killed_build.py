@@ -1,17 +1,17 @@
-"""A build that kills itself, for the tests of resuming; in a module so that a process can start it."""
+"""A build that kills itself, for the tests of resuming; a module, so that it can be imported."""
 
 import os
 import signal
 
-from fairseq_knnlm import datastore, index
+from fairseq_knnlm import datastore_writer, index
 from fairseq_knnlm.cli import build
 
 # Small, so that a small corpus has many moments to be killed at.
 CHUNK_TOKENS, PART_ROWS = 200, 1000
 _STEPS = [
-    (datastore, "_write_all"),
-    (datastore, "_journal_line"),
-    (datastore, "write_atomically"),
+    (datastore_writer, "_write_all"),
+    (datastore_writer, "_journal_line"),
+    (datastore_writer, "write_atomically"),
     (index, "save"),
     (index, "load"),
     (index, "_blocks"),

@@ -74,7 +74,9 @@ def test_python_m_and_a_checkpoint_of_the_stock_task(data, checkpoints, datastor
 
 
 def test_several_datastores_are_searched_as_one(data, checkpoints, datastores, tmp_path):
-    build(data, checkpoints["plain"], tmp_path / "v", "--gen-subset", "valid", "--knn-index", "Flat")
+    build(
+        data, checkpoints["plain"], tmp_path / "v", "--gen-subset", "valid", "--knn-index", "Flat"
+    )
     both = f"{datastores['plain']}:{tmp_path / 'v'}"
     settings = ["--knn-k", 16, "--knn-temperature", 5]
     one = evaluate(data, checkpoints["plain"], "--knn-datastore", datastores["plain"], *settings)
@@ -142,7 +144,7 @@ def in_two_processes(start, tmp_path):
         subprocess.Popen(
             [str(word) for word in [*start, *flags, "--distributed-rank", rank]],
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-            env={**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"},
+            env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
         )
         for rank in range(2)
     ]  # fmt: skip

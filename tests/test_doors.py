@@ -12,7 +12,7 @@ FLOORS = [
     ["errors", "version"],
     ["checkpoints", "fingerprint", "interpolation", "metrics"],
     ["cache", "context", "datastore", "index", "key_extractor"],
-    ["retriever", "sweep"],
+    ["datastore_writer", "retriever", "sweep"],
     ["scorer", "generator", "report"],
     ["config", "eval_lm"],
     ["task"],

@@ -193,7 +193,7 @@ def test_tuning_and_reporting_on_one_split(data, checkpoints, datastores):
 
 
 def test_key_beyond_half_precision(tmp_path):
-    from fairseq_knnlm.datastore import DatastoreWriter
+    from fairseq_knnlm.datastore_writer import DatastoreWriter
 
     with DatastoreWriter(str(tmp_path), {}, [2], 3, np.dtype("uint8")) as writer:
         with pytest.raises(UserError) as error:

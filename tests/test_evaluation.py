@@ -177,5 +177,5 @@ def test_manifest_explains_the_datastore(datastores, data):
     values = np.load(datastores["adaptive"] / "values.npy", mmap_mode="r")
     assert keys.shape == (manifest["count"], manifest["dimension"]) and keys.dtype == np.float16
     assert values.shape == (manifest["count"],) and values.dtype == np.uint8
-    assert manifest["key"] == {"type": "ffn-input", "layer": 1}
+    assert manifest["key"] == {"type": "ffn-input", "layer": 1, "layers": 2}
     assert str(data) not in json.dumps(manifest)

@@ -12,7 +12,7 @@ import torch
 from .. import index as faiss_index
 from ..config import DEFAULT_KEY, DEFAULT_METRIC
 from ..context import plan_chunks, refuse_oversized, shard
-from ..datastore import DatastoreWriter, refuse_finished, value_dtype
+from ..datastore_writer import DatastoreWriter, refuse_finished, value_dtype
 from ..errors import UserError
 from ..fingerprint import dictionary_fingerprint, file_fingerprint, weights_fingerprint
 from ..key_extractor import KeyExtractor, resolve_layer
@@ -130,6 +130,7 @@ def _settings(cfg, task, model) -> Dict:
         "key": {
             "type": str(cfg.task.knn_key or DEFAULT_KEY),
             "layer": resolve_layer(model.decoder, layer),
+            "layers": len(model.decoder.layers),
         },
         "metric": str(cfg.task.knn_metric or DEFAULT_METRIC),
         "model": {

@@ -31,7 +31,6 @@ def configure_logging() -> None:
 def make_parser(description: str, gen_subset: str):
     """The parser of ``fairseq-eval-lm``, for the task ``knnlm_lm``."""
     parser = options.get_eval_lm_parser(default_task="knnlm_lm")
-    KNNLMTask.add_args(parser)  # fairseq adds them after it has served --help
     parser.description = description
     parser.set_defaults(gen_subset=gen_subset, user_dir=os.path.dirname(fairseq_knnlm.__file__))
     return parser
@@ -40,6 +39,8 @@ def make_parser(description: str, gen_subset: str):
 def run(parser, main: Callable, argv: Optional[List[str]] = None) -> None:
     """Parse the command line and call ``main(cfg, args)`` in every process it asks for."""
     configure_logging()
+    if {"-h", "--help"} & set(sys.argv[1:] if argv is None else argv):
+        KNNLMTask.add_args(parser)  # fairseq adds them too late for --help
     args = options.parse_args_and_arch(parser, input_args=argv)
     distributed_utils.call_main(convert_namespace_to_omegaconf(args), main, args=args)
 
