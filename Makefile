@@ -9,6 +9,10 @@ PYTHON310 ?= python3.10
 # newer one, gigabytes of CUDA libraries included.
 TORCH ?= torch==2.13.0
 
+# Short spins for OpenMP threads that wait: long ones make everything ten times slower where another
+# program has one of the cores.
+export GOMP_SPINCOUNT ?= 10000
+
 VENV = .venv
 BIN = $(VENV)/bin
 INSTALLED = $(VENV)/.installed

@@ -23,7 +23,8 @@ setup(
     author="the fairseq_knnlm authors",
     license="MIT",
     packages=find_packages(include=["fairseq_knnlm", "fairseq_knnlm.*"]),
-    python_requires=">=3.8",
+    # on 3.8 there is no FAISS that reads an index from mapped memory (see extras_require)
+    python_requires=">=3.9",
     install_requires=[
         # fairseq 0.12.2 cannot be imported on Python 3.11: its dataclasses have mutable defaults
         'fairseq==0.12.2; python_version < "3.11"',

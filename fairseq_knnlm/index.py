@@ -112,7 +112,12 @@ def _blocks(keys: np.ndarray, start: int, stop: int) -> Iterator[np.ndarray]:
     """Rows of *keys* as float32, in blocks of bounded memory."""
     step = max(1, _BLOCK_BYTES // (4 * keys.shape[1]))
     for begin in range(start, stop, step):
-        yield np.asarray(keys[begin : min(begin + step, stop)], dtype=np.float32)
+        block = keys[begin : min(begin + step, stop)]
+        if isinstance(keys, np.memmap):  # read: mapped pages would stay and look like a leak
+            offset = keys.offset + begin * keys.strides[0]
+            flat = np.fromfile(keys.filename, keys.dtype, block.size, offset=offset)
+            block = flat.reshape(block.shape)
+        yield np.asarray(block, dtype=np.float32)
 
 
 def training_sample(keys: np.ndarray, size: int) -> np.ndarray:

@@ -32,6 +32,12 @@ TOKENS_PER_SAMPLE = 256
 DIMENSION = 256
 CORES = os.cpu_count()
 
+# fairseq starts one process for every GPU that it sees, even with --cpu.
+ONE_PROCESS = {"CUDA_VISIBLE_DEVICES": ""}
+# OpenMP threads wait for each other by spinning. Where another program has one of the cores, that
+# makes training ten times slower; with short spins it is as slow as the share of the cores tells.
+BUSY_MACHINE = {"GOMP_SPINCOUNT": "10000"}
+
 # Lines of fairseq's output that tell how far a command is; logs/ has all of them.
 PROGRESS = r"num_updates|'valid' subset|fairseq_knnlm|dump:|retrieve |Evaluated|Perplexity"
 LOG_PREFIX = re.compile(r"^([\d-]+ [\d:]+ \| )?INFO( \| |:)[\w.]+( \| |:)")
@@ -88,21 +94,23 @@ class Pipeline:
 
 def run_command(command, log, show):
     """Run a command with its output in *log*, print the lines that match *show*, return seconds."""
-    # fairseq starts one process for every GPU that it sees, even with --cpu.
-    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "PYTHONUNBUFFERED": "1"}
     start = time.monotonic()
     with open(log, "w", encoding="utf-8") as file, subprocess.Popen(
         command,
-        env=environment,
+        env={**BUSY_MACHINE, **os.environ, **ONE_PROCESS, "PYTHONUNBUFFERED": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         encoding="utf-8",
         errors="replace",
     ) as process:
-        for line in process.stdout:
-            file.write(line)
-            if re.search(show, line):
-                print(f"    {LOG_PREFIX.sub('', line.rstrip())[:LINE_WIDTH]}", flush=True)
+        try:
+            for line in process.stdout:
+                file.write(line)
+                if re.search(show, line):
+                    print(f"    {LOG_PREFIX.sub('', line.rstrip())[:LINE_WIDTH]}", flush=True)
+        except BaseException:
+            process.terminate()  # also where the interrupt reached this process only
+            raise
     if process.returncode != 0:
         last = log.read_text(encoding="utf-8").splitlines()[-15:]
         print("\n".join(last), file=sys.stderr)
