@@ -7,7 +7,7 @@ annotations here.
 import math
 import os
 from dataclasses import dataclass, field
-from typing import List, Optional
+from typing import Optional
 
 from fairseq.dataclass import ChoiceEnum
 from fairseq.tasks.language_modeling import LanguageModelingConfig
@@ -88,7 +88,7 @@ def check_settings(cfg) -> None:
     Raises:
         UserError: naming every flag that is wrong, what it may be and what came.
     """
-    faults: List[str] = []
+    faults: list[str] = []
 
     def require(holds, flag, expected, got):
         if not holds:
@@ -111,6 +111,6 @@ def check_settings(cfg) -> None:
         raise UserError("fairseq_knnlm: " + "; ".join(faults))
 
 
-def datastore_paths(cfg) -> List[str]:
+def datastore_paths(cfg) -> list[str]:
     """The directories named by ``--knn-datastore``."""
     return [path for path in (cfg.knn_datastore or "").split(":") if path]

@@ -10,7 +10,8 @@ written and neighbours searched; it depends on the corpus alone. Within a chunk,
 length share a *batch*, the unit of a forward pass.
 """
 
-from typing import Dict, List, NamedTuple, Optional, Sequence
+from collections.abc import Sequence
+from typing import NamedTuple, Optional
 
 import numpy as np
 import torch
@@ -82,9 +83,9 @@ class BlockDataset(torch.utils.data.Dataset):
         target = item["target"][int(self.bos) :]
         return Block(index, torch.cat(self._context(index) + [item["source"]]), target)
 
-    def _context(self, index: int) -> List[torch.Tensor]:
+    def _context(self, index: int) -> list[torch.Tensor]:
         missing = int(self._context_sizes[index])
-        pieces: List[torch.Tensor] = []
+        pieces: list[torch.Tensor] = []
         while missing > 0:
             index -= 1
             pieces.append(self.dataset[index]["source"][-missing:])
@@ -118,7 +119,7 @@ def refuse_oversized(blocks: BlockDataset, max_positions: int, max_tokens: int) 
         )
 
 
-def plan_chunks(sizes: np.ndarray, chunk_tokens: int) -> List[range]:
+def plan_chunks(sizes: np.ndarray, chunk_tokens: int) -> list[range]:
     """Cut the blocks into runs of about *chunk_tokens* target tokens, at least one block each.
 
     Returns:
@@ -135,7 +136,7 @@ def plan_chunks(sizes: np.ndarray, chunk_tokens: int) -> List[range]:
     return chunks
 
 
-def shard(chunks: Sequence[range], num_shards: int, shard_id: int) -> List[range]:
+def shard(chunks: Sequence[range], num_shards: int, shard_id: int) -> list[range]:
     """The contiguous share of the chunks that shard *shard_id* of *num_shards* takes."""
     bounds = np.linspace(0, len(chunks), num_shards + 1).round().astype(int)
     return list(chunks[bounds[shard_id] : bounds[shard_id + 1]])
@@ -153,7 +154,7 @@ def plan_batches(lengths: Sequence[int], max_tokens: int, max_sentences: Optiona
         list of list of int: positions in *lengths*, each once.
     """
     order = np.argsort(-np.asarray(lengths), kind="stable")
-    batches: List[List[int]] = []
+    batches: list[list[int]] = []
     capacity = 0
     for position in order.tolist():
         if not batches or len(batches[-1]) >= capacity:
@@ -181,7 +182,7 @@ class ChunkCollater:
         self.max_tokens = max_tokens
         self.max_sentences = max_sentences
 
-    def __call__(self, blocks: List[Block]) -> Dict:
+    def __call__(self, blocks: list[Block]) -> dict:
         if not blocks:  # fairseq pads unequal shards with empty batches
             return {}
         target_lengths = [len(block.target) for block in blocks]
@@ -200,7 +201,7 @@ class ChunkCollater:
             ],
         }
 
-    def _batch(self, blocks: List[Block], first_rows) -> Dict:
+    def _batch(self, blocks: list[Block], first_rows) -> dict:
         length = max(len(block.source) for block in blocks)
         src_tokens = torch.full((len(blocks), length), self.pad, dtype=torch.long)
         positions, rows = [], []

@@ -14,7 +14,7 @@ import io
 import json
 import os
 import zlib
-from typing import Dict, Iterator, Tuple
+from collections.abc import Iterator
 
 import numpy as np
 
@@ -42,7 +42,7 @@ def file_checksum(path: str) -> str:
             crc = zlib.crc32(data, crc)
 
 
-def render(manifest: Dict) -> bytes:
+def render(manifest: dict) -> bytes:
     """The one byte representation of a manifest, which holds the checksum of the rest of it."""
     rest = {name: value for name, value in manifest.items() if name != "checksum"}
     rest["checksum"] = checksum(json.dumps(rest, sort_keys=True).encode())
@@ -64,7 +64,7 @@ def write_atomically(path: str, data: bytes) -> None:
         raise
 
 
-def npy_header(shape: Tuple[int, ...], dtype: np.dtype) -> bytes:
+def npy_header(shape: tuple[int, ...], dtype: np.dtype) -> bytes:
     """The bytes in front of the data of a C-ordered ``.npy`` file."""
     buffer = io.BytesIO()
     np.lib.format.write_array_header_1_0(
@@ -88,7 +88,7 @@ class Datastore:
         values (ndarray): shape (N,), unsigned, memory-mapped.
     """
 
-    def __init__(self, path: str, manifest: Dict):
+    def __init__(self, path: str, manifest: dict):
         self.path = path
         self.manifest = manifest
         self.keys = np.load(os.path.join(path, KEYS), mmap_mode="r")
@@ -141,7 +141,7 @@ class Datastore:
             yield f"{INDEX}: damaged between bytes 0 and {os.path.getsize(self.index_path) - 1}"
 
 
-def read_manifest(path: str) -> Dict:
+def read_manifest(path: str) -> dict:
     """The manifest of a finished datastore.
 
     Raises:
@@ -176,7 +176,7 @@ def read_manifest(path: str) -> Dict:
     return manifest
 
 
-def _layout(manifest: Dict):
+def _layout(manifest: dict):
     """Name, shape and dtype of the two arrays."""
     count, dimension = manifest["count"], manifest["dimension"]
     yield KEYS, (count, dimension), np.dtype(manifest["files"][KEYS]["dtype"])

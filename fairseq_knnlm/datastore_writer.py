@@ -12,7 +12,8 @@ import json
 import os
 import re
 import shutil
-from typing import Dict, List, NamedTuple, Sequence, Tuple
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -91,7 +92,7 @@ class DatastoreWriter:
     def __init__(
         self,
         path: str,
-        settings: Dict,
+        settings: dict,
         chunk_sizes: Sequence[int],
         dimension: int,
         dtype: np.dtype,
@@ -118,8 +119,8 @@ class DatastoreWriter:
         self._overwrite = overwrite
         self._index_bytes = index_bytes
         self._stack = contextlib.ExitStack()
-        self._files: Dict = {}
-        self.done: List[int] = []
+        self._files: dict = {}
+        self.done: list[int] = []
 
     @property
     def value_dtype(self) -> np.dtype:
@@ -204,7 +205,7 @@ class DatastoreWriter:
                 f"other settings ({'; '.join(differing)}); repeat them, or pass --overwrite"
             )
 
-    def _begun(self) -> Dict:
+    def _begun(self) -> dict:
         return {"settings": self.settings, "plan": self._plan}
 
     def _start(self) -> None:
@@ -230,7 +231,7 @@ class DatastoreWriter:
                 file.write(npy_header(shape, dtype))
                 file.truncate(self._size(name))
 
-    def _resume(self) -> List[int]:
+    def _resume(self) -> list[int]:
         """The chunks of this shard's journal whose rows are really on the disk."""
         path = self._in(self._journal_name)
         journal = _read_if_there(path)
@@ -310,7 +311,7 @@ class DatastoreWriter:
             else:
                 yield sorted(set(range(len(self._ends))) - set(self._written()))
 
-    def finish(self, index: Dict) -> None:
+    def finish(self, index: dict) -> None:
         """Write the manifest, the last file of a datastore, and remove the traces of the build.
 
         Args:
@@ -319,7 +320,7 @@ class DatastoreWriter:
         with self._disk_errors_explained():
             self._finish(index)
 
-    def _finish(self, index: Dict) -> None:
+    def _finish(self, index: dict) -> None:
         written = self._written()
         in_order = [written[chunk] for chunk in range(len(self._ends))]
         files = {
@@ -360,7 +361,7 @@ class DatastoreWriter:
         """The keys as they are on the disk, shape (N, D), float16, memory-mapped."""
         return np.load(self._in(KEYS), mmap_mode="r")
 
-    def _written(self) -> Dict[int, _Written]:
+    def _written(self) -> dict[int, _Written]:
         """What the journals of all shards say, by chunk."""
         return {
             written.chunk: written
@@ -378,7 +379,7 @@ class DatastoreWriter:
     def _in(self, name: str) -> str:
         return os.path.join(self.path, name)
 
-    def _rows(self, chunk: int) -> Tuple[int, int]:
+    def _rows(self, chunk: int) -> tuple[int, int]:
         return int(self._ends[chunk - 1]) if chunk else 0, int(self._ends[chunk])
 
     def _size(self, name: str) -> int:
@@ -403,7 +404,7 @@ def _journal_line(written: _Written) -> bytes:
     return " ".join(map(str, written)).encode() + b"\n"
 
 
-def _parse_journal(data: bytes) -> List[_Written]:
+def _parse_journal(data: bytes) -> list[_Written]:
     """The whole lines of a journal; a line that a kill cut short does not count."""
     lines = re.findall(rb"^(\d+) ([0-9a-f]{8}) ([0-9a-f]{8})\n", data, flags=re.MULTILINE)
     return [_Written(int(chunk), *(s.decode() for s in sums)) for chunk, *sums in lines]

@@ -6,7 +6,8 @@ import math
 import os
 import re
 import struct
-from typing import Callable, Dict, Iterator, NamedTuple, Optional
+from collections.abc import Iterator
+from typing import Callable, NamedTuple, Optional
 
 import numpy as np
 
@@ -97,7 +98,7 @@ def _ivf(index):
     return faiss.downcast_index(found) if found is not None else None
 
 
-def describe(index, factory: str, metric: str) -> Dict:
+def describe(index, factory: str, metric: str) -> dict:
     """What the manifest says of an index."""
     ivf = _ivf(index)
     return {
@@ -147,7 +148,7 @@ def _train(index, keys: np.ndarray, report) -> None:
 
 def build_index(
     keys: np.ndarray, factory: str, metric: str, path: str, work_path: str, report=print
-) -> Dict:
+) -> dict:
     """Train an index, add all keys in one sequential pass, and save it.
 
     What is done is kept in *work_path*, and a build that was interrupted goes on from there to the

@@ -5,7 +5,7 @@ input of the last layer's feed-forward network after its layer norm is the best.
 decoder made of fairseq's ``TransformerDecoderLayer``, pre-norm and post-norm.
 """
 
-from typing import Callable, Dict, NamedTuple, Optional
+from typing import Callable, NamedTuple, Optional
 
 import torch
 
@@ -60,7 +60,7 @@ def _output_after_norm(decoder, layer, pre_norm):
     return _Tap(decoder.layer_norm, output=True)
 
 
-_TAPS: Dict[str, Callable] = {
+_TAPS: dict[str, Callable] = {
     "ffn-input": _ffn_input,
     "ffn-input-before-norm": _ffn_input_before_norm,
     "attn-input": _attn_input,

@@ -1,6 +1,7 @@
 """From queries to neighbours: searches one or several datastores as one."""
 
-from typing import Dict, List, NamedTuple, Optional, Sequence
+from collections.abc import Sequence
+from typing import NamedTuple, Optional
 
 import numpy as np
 import torch
@@ -65,10 +66,10 @@ class Retriever:
             faiss_index.choose_device(device, datastore.manifest["index"]["factory"], k)
             for datastore in self.datastores
         ]
-        self._indexes: Optional[List] = None
+        self._indexes: Optional[list] = None
 
     @classmethod
-    def open(cls, paths: Sequence[str], expected: Optional[Dict] = None, **settings):
+    def open(cls, paths: Sequence[str], expected: Optional[dict] = None, **settings):
         """Open datastores for searching.
 
         Args:
@@ -91,7 +92,7 @@ class Retriever:
     # -- what fits -----------------------------------------------------------------------------
 
     @property
-    def _manifest(self) -> Dict:
+    def _manifest(self) -> dict:
         return self.datastores[0].manifest
 
     def _names(self) -> str:

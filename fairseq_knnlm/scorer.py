@@ -5,7 +5,7 @@ batch by batch, then one search serves all its tokens.
 """
 
 import math
-from typing import Dict, List, NamedTuple, Optional
+from typing import NamedTuple, Optional
 
 import torch
 import torch.nn.functional as F
@@ -34,7 +34,7 @@ class Encoded(NamedTuple):
 @torch.no_grad()
 def encode(
     model,
-    sample: Dict,
+    sample: dict,
     extractor: Optional[KeyExtractor] = None,
     log_probs: bool = True,
     softmax_batch: int = 0,
@@ -110,7 +110,7 @@ def _adaptive_log_probs(decoder, features, targets):
     return log_p
 
 
-def encode_and_search(model, sample: Dict, retriever, softmax_batch: int = 0):
+def encode_and_search(model, sample: dict, retriever, softmax_batch: int = 0):
     """Run a language model over a chunk and find the neighbours of all its targets.
 
     Returns:
@@ -145,7 +145,7 @@ class KNNScorer:
         self.impossible = 0
 
     @torch.no_grad()
-    def generate(self, models, sample: Dict, **kwargs) -> List[List[Dict]]:
+    def generate(self, models, sample: dict, **kwargs) -> list[list[dict]]:
         """Score a sample; the result has the form of fairseq's ``SequenceScorer.generate``.
 
         ``positional_scores`` are log probabilities, -inf for a target that is impossible.
@@ -176,7 +176,7 @@ class KNNScorer:
         log_p_knn = torch.cat([knn_log_probs(*piece, self.temperature) for piece in zip(*pieces)])
         return interpolate(encoded.log_p_lm, log_p_knn, self.knn_lambda)
 
-    def _hypothesis(self, tokens, scores) -> Dict:
+    def _hypothesis(self, tokens, scores) -> dict:
         if self.bos is not None:  # fairseq strips it again
             tokens = torch.cat([tokens.new_tensor([self.bos]), tokens])
             scores = torch.cat([scores.new_zeros(1), scores])

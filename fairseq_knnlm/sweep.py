@@ -5,7 +5,8 @@ serves every k. For given k and T the log-likelihood is concave in lambda, so th
 solved for, not searched on a grid.
 """
 
-from typing import Dict, List, NamedTuple, Sequence
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 
@@ -82,7 +83,7 @@ def mixture_perplexity(log_p_lm: torch.Tensor, log_p_knn: torch.Tensor, knn_lamb
     return perplexity(interpolate(log_p_lm, log_p_knn, knn_lambda))
 
 
-def sweep(retrieved: Retrieved, ks: Sequence[int], temperatures: Sequence[float]) -> List[Setting]:
+def sweep(retrieved: Retrieved, ks: Sequence[int], temperatures: Sequence[float]) -> list[Setting]:
     """The best lambda and its perplexity for every k and temperature.
 
     Raises:
@@ -103,7 +104,7 @@ def sweep(retrieved: Retrieved, ks: Sequence[int], temperatures: Sequence[float]
     return settings
 
 
-def tune(retrieved: Retrieved, ks: Sequence[int]) -> List[Setting]:
+def tune(retrieved: Retrieved, ks: Sequence[int]) -> list[Setting]:
     """Sweep over powers of two of the temperature, then closer around the best one."""
     settings = sweep(retrieved, ks, TEMPERATURES)
     for factor in _REFINEMENTS:
@@ -117,7 +118,7 @@ def best(settings: Sequence[Setting]) -> Setting:
     return min(settings, key=lambda setting: setting.perplexity)
 
 
-def evaluate(retrieved: Retrieved, setting: Setting) -> Dict[str, float]:
+def evaluate(retrieved: Retrieved, setting: Setting) -> dict[str, float]:
     """Perplexity without and with neighbours at one setting, on another split say."""
     (scores,) = log_p_knn(retrieved, [setting.k], setting.temperature)
     return {

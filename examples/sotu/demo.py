@@ -95,14 +95,17 @@ class Pipeline:
 def run_command(command, log, show):
     """Run a command with its output in *log*, print the lines that match *show*, return seconds."""
     start = time.monotonic()
-    with open(log, "w", encoding="utf-8") as file, subprocess.Popen(
-        command,
-        env={**BUSY_MACHINE, **os.environ, **ONE_PROCESS, "PYTHONUNBUFFERED": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        encoding="utf-8",
-        errors="replace",
-    ) as process:
+    with (
+        open(log, "w", encoding="utf-8") as file,
+        subprocess.Popen(
+            command,
+            env={**BUSY_MACHINE, **os.environ, **ONE_PROCESS, "PYTHONUNBUFFERED": "1"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            encoding="utf-8",
+            errors="replace",
+        ) as process,
+    ):
         try:
             for line in process.stdout:
                 file.write(line)

@@ -3,7 +3,6 @@
 import logging
 import os
 import platform
-from typing import Dict
 
 import fairseq
 import numpy as np
@@ -122,7 +121,7 @@ def _data_path(cfg, name: str) -> str:
     return os.path.join(cfg.task.data, name)
 
 
-def _settings(cfg, task, model) -> Dict:
+def _settings(cfg, task, model) -> dict:
     """Everything that decides what is written, for the manifest."""
     layer = -1 if cfg.task.knn_key_layer is None else cfg.task.knn_key_layer
     split = cfg.dataset.gen_subset

@@ -3,7 +3,7 @@
 import logging
 import os
 import sys
-from typing import Callable, List, Optional
+from typing import Callable, Optional
 
 import torch
 from fairseq import checkpoint_utils, distributed_utils, options, tasks, utils
@@ -36,7 +36,7 @@ def make_parser(description: str, gen_subset: str):
     return parser
 
 
-def run(parser, main: Callable, argv: Optional[List[str]] = None) -> None:
+def run(parser, main: Callable, argv: Optional[list[str]] = None) -> None:
     """Parse the command line and call ``main(cfg, args)`` in every process it asks for."""
     configure_logging()
     if {"-h", "--help"} & set(sys.argv[1:] if argv is None else argv):
@@ -45,7 +45,7 @@ def run(parser, main: Callable, argv: Optional[List[str]] = None) -> None:
     distributed_utils.call_main(convert_namespace_to_omegaconf(args), main, args=args)
 
 
-def require_datastore(cfg) -> List[str]:
+def require_datastore(cfg) -> list[str]:
     """The directories that ``--knn-datastore`` names.
 
     Raises:
