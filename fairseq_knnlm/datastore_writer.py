@@ -156,6 +156,8 @@ class DatastoreWriter:
         os.makedirs(self.path, exist_ok=True)
         self._stack.enter_context(self._lock_of_shard(self._shard))
         with lock(self._in(LOCK), "is being set up by another builder", wait=True):
+            if self._overwrite or not os.path.exists(self._in(SETTINGS)):
+                self._refuse_small_disk()
             if self._overwrite:
                 self._remove_build()
             refuse_finished(self.path)
@@ -215,14 +217,19 @@ class DatastoreWriter:
                 f"fairseq_knnlm: {self.path} has {', '.join(present)} but neither {MANIFEST} nor "
                 f"{SETTINGS}: not begun by this tool; use another --knn-datastore"
             )
-        size = sum(map(self._size, self._arrays))
-        needed, free = size + self._index_bytes, shutil.disk_usage(self.path).free
+        write_atomically(self._in(SETTINGS), json.dumps(self._begun(), indent=1).encode())
+
+    def _refuse_small_disk(self) -> None:
+        needed = sum(map(self._size, self._arrays)) + self._index_bytes
+        free = shutil.disk_usage(self.path).free
+        if self._overwrite:
+            replaced = filter(os.path.exists, map(self._in, (KEYS, VALUES, INDEX)))
+            free += sum(map(os.path.getsize, replaced))
         if needed > free:
             raise UserError(
                 f"fairseq_knnlm: --knn-datastore {self.path} needs about {needed:,} bytes "
                 f"({self.count:,} entries), its disk has {free:,} free"
             )
-        write_atomically(self._in(SETTINGS), json.dumps(self._begun(), indent=1).encode())
 
     def _allocate(self) -> None:
         """Give the arrays their headers and sizes; rows that are there stay."""

@@ -454,6 +454,17 @@ def test_a_disk_too_small_is_refused_before_anything_is_written(tmp_path, monkey
         pass
 
 
+def test_a_disk_too_small_to_overwrite_leaves_what_is_there(copy, monkeypatch):
+    before, usage = contents(copy), shutil.disk_usage(copy)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=0))
+    with pytest.raises(UserError, match="needs about"):
+        with open_writer(copy, options={"overwrite": True, "index_bytes": 10**6}):
+            pass
+    assert {name: contents(copy)[name] for name in before} == before
+    with open_writer(copy, options={"overwrite": True}):
+        pass  # what it replaces makes room enough
+
+
 def write_until_full(path, limit_bytes, connection):
     with open_writer(path) as writer:
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit_bytes, limit_bytes))

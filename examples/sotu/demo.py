@@ -110,7 +110,9 @@ def run_command(command, log, show):
             for line in process.stdout:
                 file.write(line)
                 if re.search(show, line):
-                    print(f"    {LOG_PREFIX.sub('', line.rstrip())[:LINE_WIDTH]}", flush=True)
+                    line = LOG_PREFIX.sub("", line.rstrip())
+                    shown = line if len(line) < LINE_WIDTH else line[: LINE_WIDTH - 3] + "..."
+                    print(f"    {shown}", flush=True)
         except BaseException:
             process.terminate()  # also where the interrupt reached this process only
             raise
@@ -238,7 +240,7 @@ def run_pipeline(work, prepare_arguments, max_update):
     pipeline.run(
         "prepare",
         "tokenise the text and split it",
-        [sys.executable, HERE / "prepare.py", text, *prepare_arguments],
+        [Path(sys.executable), HERE / "prepare.py", text, *prepare_arguments],
         inputs=[HERE / "prepare.py", *text_files(prepare_arguments)],
         outputs=[*splits.values()],
         folder=text,
@@ -255,7 +257,7 @@ def run_pipeline(work, prepare_arguments, max_update):
         inputs=[*splits.values()],
         outputs=[dictionary, *binaries["train"], *binaries["valid"], *binaries["test"]],
         folder=data,
-        show="fairseq_cli.preprocess.*(Dictionary|sents)",
+        show="fairseq_cli.preprocess.*sents",
     )
     pipeline.run(
         "train",

@@ -90,21 +90,18 @@ def split_by_document(documents):
 
 
 def split_by_line(documents):
-    """The first 90% of the lines of a document to train, the next 5% to valid, the rest to test.
+    """The last 5% of the lines of a document to test, the 5% before to valid, the rest to train.
 
-    For fewer than 20 documents. Blocks of consecutive lines: had lines been drawn at random, train
-    would hold the lines around every test line, and perplexity would be too good.
+    For fewer than 20 documents; one line at least to each split, all to train where there are fewer
+    than three. Blocks of consecutive lines: had lines been drawn at random, train would hold the
+    lines around every test line, and perplexity would be too good.
     """
     splits = {split: [] for split in SPLITS}
     for document in documents:
         count = len(document.lines)
-        first_valid, first_test = count * 90 // 100, count * 95 // 100
-        bounds = {
-            "train": (0, first_valid),
-            "valid": (first_valid, first_test),
-            "test": (first_test, count),
-        }
-        for split, (begin, end) in bounds.items():
+        held_out = max(1, count // 20) if count >= len(SPLITS) else 0
+        borders = [0, count - 2 * held_out, count - held_out, count]
+        for split, begin, end in zip(SPLITS, borders, borders[1:]):
             if begin < end:
                 splits[split].append(Document(document.name, document.lines[begin:end]))
     return splits
@@ -124,13 +121,13 @@ def moses(lang):
     return MosesPunctNormalizer(lang), MosesTokenizer(lang)
 
 
-def tokenise_documents(documents, lang, workers):
+def tokenise_documents(documents, lang, workers, label):
     """The documents with their lines tokenised, on *workers* processes."""
     lines = [line for document in documents for line in document.lines]
     # Lines, not documents, are handed out: one long book keeps every process busy as well.
     with Pool(workers) as pool:
         tokenised = pool.imap(partial(tokenise, lang=lang), lines, chunksize=64)
-        progress = tqdm(tokenised, "tokenise", len(lines), unit=" lines", mininterval=1)
+        progress = tqdm(tokenised, label, len(lines), unit=" lines", mininterval=3)
         remaining = iter(list(progress))
     return [
         Document(document.name, list(islice(remaining, len(document.lines))))
@@ -187,8 +184,8 @@ def load_splits(args):
         lines = sum(len(document.lines) for document in documents)
         raise ValueError(
             f"no text for {' and '.join(empty)}: found {len(documents)} document(s) with {lines} "
-            f"line(s) in all, expected {DOCUMENTS_A_ROUND} documents or a document of "
-            f"{DOCUMENTS_A_ROUND} lines; give more text, or name --valid and --test files"
+            f"line(s) in all, expected {DOCUMENTS_A_ROUND} documents or one of at least 3 lines (a "
+            "paragraph a line); give more text, or name --valid and --test files"
         )
     return splits
 
@@ -239,7 +236,7 @@ def main():
     except (OSError, ValueError, ImportError) as error:
         sys.exit(f"prepare.py: {error}")
     splits = {
-        split: tokenise_documents(documents, args.lang, args.workers)
+        split: tokenise_documents(documents, args.lang, args.workers, f"tokenise {split}")
         for split, documents in splits.items()
     }
     vocabulary = frequent_words(splits["train"], args.min_count)
