@@ -30,8 +30,9 @@ allow_plain_data()
 # Target tokens of a chunk: enough that one search over it is worth its fixed costs, ...
 CHUNK_TOKENS = 1 << 15
 # ... and few enough that the neighbours of all of them fit in this many bytes.
-NEIGHBORS_BYTES = 1 << 29
-_BYTES_PER_NEIGHBOR = 16
+NEIGHBORS_BYTES = 1 << 30
+# distance, id and value, of 1.5 candidates for each, and the copies on the way
+_BYTES_PER_NEIGHBOR = 64
 
 
 @register_task("knnlm_lm", dataclass=KNNLMConfig)
