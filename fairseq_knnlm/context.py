@@ -108,7 +108,8 @@ def refuse_oversized(blocks: BlockDataset, max_positions: int, max_tokens: int) 
     longest = int(blocks.lengths.max())
     index = int(blocks.lengths.argmax())
     fed = f"block {index} feeds {longest} tokens (left context included)"
-    if longest > max_positions:
+    # as in training, where fairseq does not count the extra <s> either
+    if longest - int(blocks.bos) > max_positions:
         raise UserError(
             f"fairseq_knnlm: {fed}, the model takes {max_positions}: pass --tokens-per-sample "
             f"{max_positions} or less, --context-window included, or another --sample-break-mode"

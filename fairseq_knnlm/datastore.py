@@ -23,7 +23,7 @@ from .errors import UserError
 FORMAT_VERSION = 1
 MANIFEST, SETTINGS = "manifest.json", "building.json"
 KEYS, VALUES, INDEX = "keys.npy", "values.npy", "index.faiss"
-_READ_BYTES = 1 << 24
+SEGMENT_BYTES = 1 << 24
 
 
 def checksum(data) -> str:
@@ -31,15 +31,10 @@ def checksum(data) -> str:
     return f"{zlib.crc32(memoryview(data).cast('B')):08x}"
 
 
-def file_checksum(path: str) -> str:
-    """CRC-32 of a whole file."""
-    crc = 0
+def file_checksums(path: str) -> list:
+    """CRC-32 of every ``SEGMENT_BYTES`` of a file."""
     with open(path, "rb") as file:
-        while True:
-            data = file.read(_READ_BYTES)
-            if not data:
-                return f"{crc:08x}"
-            crc = zlib.crc32(data, crc)
+        return [checksum(data) for data in iter(lambda: file.read(SEGMENT_BYTES), b"")]
 
 
 def render(manifest: dict) -> bytes:
@@ -137,8 +132,12 @@ class Datastore:
                 if checksum(np.ascontiguousarray(array[start:stop])) != expected:
                     first, last = header_bytes + start * row_bytes, header_bytes + stop * row_bytes
                     yield f"{name}: damaged between bytes {first} and {last - 1}"
-        if file_checksum(self.index_path) != self.manifest["files"][INDEX]["checksum"]:
-            yield f"{INDEX}: damaged between bytes 0 and {os.path.getsize(self.index_path) - 1}"
+        expected = self.manifest["files"][INDEX]["checksums"]
+        for number, found in enumerate(file_checksums(self.index_path)):
+            if found != expected[number]:
+                first = number * SEGMENT_BYTES
+                last = min(first + SEGMENT_BYTES, os.path.getsize(self.index_path)) - 1
+                yield f"{INDEX}: damaged between bytes {first} and {last}"
 
 
 def read_manifest(path: str) -> dict:

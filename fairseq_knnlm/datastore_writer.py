@@ -25,7 +25,7 @@ from .datastore import (
     SETTINGS,
     VALUES,
     checksum,
-    file_checksum,
+    file_checksums,
     npy_header,
     render,
     write_atomically,
@@ -35,6 +35,8 @@ from .errors import UserError
 KEY_DTYPE = np.dtype("float16")
 LOCK = "building.lock"
 INDEX_WORK = "index.building"
+# of the locks and journals of the shards, "building-2-of-8.journal" say
+_OF_A_SHARD = re.compile(r"building-(\d+-of-\d+)\.(lock|journal)(?:\.tmp)?")
 
 
 def value_dtype(vocabulary_size: int) -> np.dtype:
@@ -179,7 +181,7 @@ class DatastoreWriter:
     def _remove_build(self) -> None:
         """Remove the datastore, finished or not, and nothing else; the manifest first."""
         for name in os.listdir(self.path):
-            other = re.fullmatch(r"building-(.*)\.lock", name)
+            other = _OF_A_SHARD.fullmatch(name)
             if other and other[1] != self._shard:
                 with self._lock_of_shard(other[1]):
                     pass  # nobody works on it
@@ -188,7 +190,8 @@ class DatastoreWriter:
                 os.remove(self._in(name))
         shutil.rmtree(self.work_path, ignore_errors=True)
         for name in os.listdir(self.path):
-            if name.endswith(".journal"):
+            trace = _OF_A_SHARD.fullmatch(name)
+            if trace and trace[2] == "journal":
                 os.remove(self._in(name))
 
     def _check_settings(self) -> None:
@@ -336,7 +339,7 @@ class DatastoreWriter:
         }
         files[INDEX] = {
             "size_bytes": os.path.getsize(self._in(INDEX)),
-            "checksum": file_checksum(self._in(INDEX)),
+            "checksums": file_checksums(self._in(INDEX)),
         }
         manifest = {
             **self.settings,
@@ -428,8 +431,9 @@ def _read_if_there(path: str) -> bytes:
 def remove_traces(path: str) -> None:
     """Remove what only a build in progress needs."""
     shutil.rmtree(os.path.join(path, INDEX_WORK), ignore_errors=True)
-    for name in sorted(os.listdir(path)):  # building.lock last
-        if name.startswith("building"):
+    of_shards = filter(_OF_A_SHARD.fullmatch, sorted(os.listdir(path)))
+    for name in (*of_shards, SETTINGS, f"{SETTINGS}.tmp", LOCK):
+        with contextlib.suppress(FileNotFoundError):  # another shard may be doing the same
             os.remove(os.path.join(path, name))
 
 

@@ -92,6 +92,26 @@ def estimate_bytes(factory: str, count: int, dimension: int, metric: str) -> int
     return int(count * (code_bytes + 8 * (lists > 0)) + lists * dimension * 4)
 
 
+def refuse_untrainable(factory: str, count: int, dimension: int, metric: str) -> None:
+    """Refuse an index that cannot be trained on *count* keys, before they are there.
+
+    Raises:
+        UserError: naming both numbers.
+    """
+    index = make_index(factory, dimension, metric)
+    ivf = _ivf(index)
+    kinds = [faiss.downcast_index(index)] + ([ivf] if ivf is not None else [])
+    needed = max(
+        [kind.pq.ksub for kind in kinds if hasattr(kind, "pq")]
+        + [ivf.nlist if ivf is not None else 0]
+    )
+    if count < needed:
+        raise UserError(
+            f"fairseq_knnlm: --knn-index {factory} needs {needed:,} keys to be trained on, the "
+            f"split has {count:,}: use fewer lists, or Flat"
+        )
+
+
 def _ivf(index):
     """The inverted file within *index*, or None; with its own type, unlike extract_index_ivf."""
     found = faiss.try_extract_index_ivf(index)
@@ -181,10 +201,20 @@ def build_index(
     for start in range(index.ntotal, len(keys), PART_ROWS):
         stop = min(start + PART_ROWS, len(keys))
         for block in _blocks(keys, start, stop):
-            index.add(block)
+            _add(index, block)
             report(f"indexed {index.ntotal:,} of {len(keys):,} keys")
         save(index, begun_path if stop < len(keys) else path)
     return describe(index, factory, metric)
+
+
+def _add(index, block: np.ndarray) -> None:
+    try:
+        index.add(block)
+    except RuntimeError as error:
+        reason = str(error).splitlines()[-1]
+        raise UserError(
+            f"fairseq_knnlm: FAISS cannot add {len(block)} keys to this --knn-index ({reason})"
+        ) from None
 
 
 def save(index, path: str) -> None:

@@ -9,6 +9,9 @@ import torch
 
 from .errors import UserError
 
+# Beyond these float32 has no room for distances divided by the temperature: the limits are reached.
+_TEMPERATURES = (1e-30, 1e30)
+
 
 def knn_log_probs(distances, values, targets, temperature=1.0):
     """Log-probability that the neighbours give to each target.
@@ -36,6 +39,7 @@ def knn_log_probs(distances, values, targets, temperature=1.0):
         )
     if not temperature > 0:
         raise UserError(f"knn_log_probs: temperature must be > 0, got {temperature}")
+    temperature = min(max(temperature, _TEMPERATURES[0]), _TEMPERATURES[1])
     # relative to the nearest: float32 has few digits left for differences of large distances
     nearest = distances.float().amin(dim=1, keepdim=True).nan_to_num_(posinf=0.0)
     log_weights = (nearest - distances) / temperature

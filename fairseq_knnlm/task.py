@@ -5,12 +5,15 @@ Wires the parts together; besides ``cli/`` the only place that knows fairseq's c
 
 import contextlib
 import logging
+import os
 import types
 
 import numpy as np
+import torch.distributed as dist
 from fairseq import models
 from fairseq.data import iterators
 from fairseq.models import FairseqLanguageModel
+from fairseq.models.transformer import TransformerDecoderBase
 from fairseq.tasks import register_task
 from fairseq.tasks.language_modeling import LanguageModelingTask
 
@@ -83,6 +86,7 @@ class KNNLMTask(LanguageModelingTask):
         _refuse_other_models(args)
         model = super().build_model(args, from_checkpoint)
         if from_checkpoint:
+            _refuse_other_decoders(model)
             model.register_load_state_dict_post_hook(self._on_weights_loaded)
         return model
 
@@ -93,7 +97,17 @@ class KNNLMTask(LanguageModelingTask):
     # -- data ----------------------------------------------------------------------------------
 
     def load_dataset(self, split, epoch=1, combine=False, **kwargs):
-        """Load a split, with every break mode on every numpy."""
+        """Load a split, with every break mode on every numpy.
+
+        Raises:
+            UserError: if it is empty.
+        """
+        for folder in self.args.data.split(os.pathsep):
+            binary = os.path.join(folder, f"{split}.bin")
+            if os.path.exists(binary) and os.path.getsize(binary) == 0:
+                raise UserError(
+                    f"fairseq_knnlm: {binary} is empty: the split {split!r} has no text"
+                )
         with _numpy_compat():
             super().load_dataset(split, epoch, combine, **kwargs)
 
@@ -139,6 +153,13 @@ class KNNLMTask(LanguageModelingTask):
 
     def eval_lm_dataloader(self, dataset, **settings):
         """What ``fairseq-eval-lm`` iterates over; called by it right before it scores."""
+        num_shards = settings.get("num_shards", 1)
+        if num_shards > 1 and not (dist.is_available() and dist.is_initialized()):
+            logger.warning(
+                f"this is one process of {num_shards} without the others: its perplexity is of "
+                f"share {settings.get('shard_id', 0)} alone, not of the split (without GPUs "
+                "fairseq starts no others: see --distributed-no-spawn)"
+            )
         use_scorer(self.make_scorer)
         return self.evaluation_samples(dataset, **settings)
 
@@ -206,4 +227,13 @@ def _refuse_other_models(args) -> None:
         raise UserError(
             f"fairseq_knnlm: the checkpoint's architecture {name} is no decoder-only language "
             "model; expected one of the transformer_lm family"
+        )
+
+
+def _refuse_other_decoders(model) -> None:
+    if not isinstance(model.decoder, TransformerDecoderBase):
+        raise UserError(
+            f"fairseq_knnlm: the checkpoint's decoder, a {type(model.decoder).__name__}, is no "
+            "transformer; expected a model of the transformer_lm family (--task language_modeling "
+            "evaluates others, without neighbours)"
         )

@@ -133,6 +133,13 @@ def test_left_context_counts_as_fed():
         refuse_oversized(make_blocks("none", 4), max_positions=11, max_tokens=1000)
 
 
+def test_the_extra_bos_is_fed_beyond_the_limit_as_in_training():
+    longest = make_blocks("none", 0).lengths.max()
+    refuse_oversized(make_blocks("none", 0, bos=True), max_positions=longest, max_tokens=1000)
+    with pytest.raises(UserError, match="the model takes"):
+        refuse_oversized(make_blocks("none", 0, bos=True), longest - 1, max_tokens=1000)
+
+
 def test_an_empty_split_is_refused():
     with pytest.raises(UserError, match="no block"):
         refuse_oversized(BlockDataset([], np.array([]), PAD), 10, 10)

@@ -404,6 +404,20 @@ def test_overwrite_starts_anew(finished, copy, tmp_path, state):
     assert sorted(os.listdir(path)) == sorted([*FILES, "notes.txt"])
 
 
+def test_a_build_touches_only_its_own_files(finished, copy):
+    others = {"building_notes.txt", "my.journal", "building-site.lock"}
+    for name in others:
+        (copy / name).write_text("somebody else's")
+    before = contents(copy)
+    with pytest.raises(UserError, match="finished datastore"):
+        with open_writer(copy):
+            pass
+    assert contents(copy) == before
+    with open_writer(copy, options={"overwrite": True}):
+        pass
+    assert others < set(os.listdir(copy))
+
+
 def test_files_of_somebody_else_are_not_touched(tmp_path):
     np.save(tmp_path / KEYS, np.arange(3))
     before = contents(tmp_path)
@@ -583,3 +597,17 @@ def test_verify_names_the_damaged_range(copy, name, row_bytes):
     flip_byte(copy / name, start - 1)
     flip_byte(copy / name, stop)
     assert len(faults(copy)) == 2
+
+
+def test_verify_names_the_damaged_range_of_a_long_index(copy, monkeypatch):
+    from fairseq_knnlm import datastore, datastore_writer
+
+    monkeypatch.setattr(datastore, "SEGMENT_BYTES", 10)
+    (copy / INDEX).write_bytes(bytes(range(25)))
+    manifest = json.loads((copy / MANIFEST).read_text())
+    manifest["files"][INDEX] = {
+        "size_bytes": 25, "checksums": datastore_writer.file_checksums(copy / INDEX),
+    }  # fmt: skip
+    (copy / MANIFEST).write_bytes(datastore.render(manifest))
+    flip_byte(copy / INDEX, 21)
+    assert list(Datastore.open(copy).verify()) == [f"{INDEX}: damaged between bytes 20 and 24"]

@@ -127,6 +127,39 @@ def test_model_that_is_no_language_model(data, tmp_path):
     assert refused(error, "transformer_iwslt_de_en", "decoder-only")
 
 
+@pytest.mark.parametrize(
+    "architecture",
+    [
+        "lstm_lm --decoder-embed-dim 8 --decoder-hidden-size 8 --decoder-out-embed-dim 8",
+        "lightconv_lm --decoder-layers 1 --decoder-embed-dim 8 --decoder-input-dim 8 "
+        "--decoder-output-dim 8 --decoder-ffn-embed-dim 8 --decoder-attention-heads 1 "
+        "--decoder-kernel-size-list [3]",
+    ],
+    ids=["lstm_lm", "lightconv_lm"],
+)
+def test_language_model_that_is_no_transformer(data, tmp_path, architecture):
+    run(
+        command("fairseq-train"), data, "--task", "language_modeling",
+        "--arch", *architecture.split(), "--optimizer", "sgd", "--lr", 0.1, "--max-update", 1,
+        "--tokens-per-sample", 32, "--max-tokens", 64, "--cpu", "--disable-validation",
+        "--save-dir", tmp_path,
+    )  # fmt: skip
+    with pytest.raises(UserError) as error:
+        evaluate(data, tmp_path / "checkpoint_last.pt")
+    assert refused(error, "Decoder", "transformer_lm family")
+    with pytest.raises(UserError):
+        build(data, tmp_path / "checkpoint_last.pt", tmp_path / "d")
+    assert not (tmp_path / "d").exists()
+
+
+def test_empty_split(data, checkpoints, tmp_path):
+    shutil.copytree(data, tmp_path / "bin")
+    (tmp_path / "bin" / "valid.bin").write_bytes(b"")
+    with pytest.raises(UserError) as error:
+        evaluate(tmp_path / "bin", checkpoints["plain"], "--gen-subset", "valid")
+    assert refused(error, "valid.bin is empty", "'valid'")
+
+
 def test_blocks_longer_than_the_model_takes(data, checkpoints, tmp_path):
     with pytest.raises(UserError) as error:
         build(data, checkpoints["plain"], tmp_path / "d", "--tokens-per-sample", 64)
@@ -149,6 +182,7 @@ def test_bad_arguments_of_build_make_no_directory(data, checkpoints, tmp_path):
         (["--gen-subset", "nonesuch"], "no split 'nonesuch'"),
         (["--path", tmp_path / "no.pt"], "no such checkpoint"),
         (["--knn-index", "IVF4,Nonsense"], "--knn-index"),
+        (["--knn-index", "IVF65536,Flat"], "needs 65,536 keys"),
         (["--knn-key-layer", 7], "--knn-key-layer 7"),
         (["--max-tokens", 16], "--max-tokens"),
         (["--num-shards", 2, "--shard-id", 2], "--shard-id"),
@@ -179,6 +213,28 @@ def test_message_and_exit_status_of_the_commands(data, checkpoints, datastores):
         assert done.returncode == 1
         assert "Traceback" not in done.stdout
         assert done.stdout.strip().endswith("--knn-lambda must be in [0, 1], got 2.0")
+
+
+@pytest.mark.parametrize(
+    "flags, parts",
+    [
+        (["--report-subset", "nonesuch"], ["no split 'nonesuch'"]),
+        (["--knn-output", "/nonesuch/tuned.json"], ["--knn-output", "/nonesuch/tuned.json"]),
+    ],
+    ids=str,
+)
+def test_faults_of_the_report_are_found_before_tuning(
+    data, checkpoints, datastores, monkeypatch, flags, parts
+):
+    from fairseq_knnlm.cli import tune
+
+    monkeypatch.setattr(tune, "tune", lambda *args: pytest.fail("it was tuned"))
+    with pytest.raises(UserError) as error:
+        tune.main([str(word) for word in (
+            data, "--path", checkpoints["plain"], "--knn-datastore", datastores["plain"],
+            "--knn-k", 8, "--tokens-per-sample", 32, "--cpu", "--log-format", "none", *flags,
+        )])  # fmt: skip
+    assert refused(error, *parts)
 
 
 def test_tuning_and_reporting_on_one_split(data, checkpoints, datastores):

@@ -147,6 +147,14 @@ def test_lambda_1_is_finite_where_every_target_has_a_neighbour(data, checkpoints
     assert 1.0 <= found < math.inf
 
 
+def test_a_share_alone_says_that_it_is_one(data, checkpoints, caplog):
+    evaluate(data, checkpoints["plain"], "--num-shards", 2, "--shard-id", 1)
+    assert "one process of 2" in caplog.text and "share 1 alone" in caplog.text
+    caplog.clear()
+    evaluate(data, checkpoints["plain"])
+    assert "alone" not in caplog.text
+
+
 def test_a_stock_evaluation_afterwards_is_stock_again(data, checkpoints, datastores):
     from fairseq.sequence_scorer import SequenceScorer
     from fairseq_cli import eval_lm

@@ -19,6 +19,7 @@ from fairseq_knnlm.index import (
     estimate_bytes,
     load,
     make_index,
+    refuse_untrainable,
     training_sample,
 )
 from fairseq_knnlm.metrics import recall_at_k
@@ -246,6 +247,15 @@ def test_too_few_keys_to_train_are_refused(tmp_path, factory):
     with pytest.raises(UserError, match="cannot train this --knn-index on 40 keys"):
         build_index(keys, factory, "l2", str(path), str(tmp_path / "work"), quiet)
     assert not path.exists()
+    with pytest.raises(UserError, match="the split has 40"):
+        refuse_untrainable(factory, 40, DIMENSION, "l2")
+
+
+@pytest.mark.parametrize(
+    "factory", [*FACTORIES, "HNSW8", "PQ8x4", "OPQ8,IVF16,PQ8x4fs,Refine(SQ8)"]
+)
+def test_enough_keys_to_train_are_accepted(factory):
+    refuse_untrainable(factory, 256, DIMENSION, "l2")
 
 
 def test_a_gpu_that_is_not_there_is_refused(monkeypatch):

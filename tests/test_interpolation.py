@@ -46,6 +46,15 @@ def test_equals_float64(temperature):
     np.testing.assert_allclose(found, by_numpy(*neighbors, temperature), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("temperature, expected", [(1e-300, 1.0), (1e300, 0.5)])
+def test_extreme_temperatures_are_their_limits(temperature, expected):
+    distances = torch.tensor([[0.5, 2.0, math.inf]])
+    found = knn_log_probs(
+        distances, torch.tensor([[7, 8, 0]]), torch.tensor([7]), temperature=temperature
+    )
+    assert found.exp().item() == pytest.approx(expected)
+
+
 def test_distribution_over_the_vocabulary_sums_to_1():
     distances, values, _ = random_neighbors(seed=2, vocabulary_size=9)
     distances[:, 15:] = INF

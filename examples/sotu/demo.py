@@ -39,7 +39,9 @@ ONE_PROCESS = {"CUDA_VISIBLE_DEVICES": ""}
 BUSY_MACHINE = {"GOMP_SPINCOUNT": "10000"}
 
 # Lines of fairseq's output that tell how far a command is; logs/ has all of them.
-PROGRESS = r"num_updates|'valid' subset|fairseq_knnlm|dump:|retrieve |Evaluated|Perplexity"
+PROGRESS = (
+    r"num_updates=|'valid' subset|fairseq_knnlm\.\w+( \||:)|dump:|retrieve |Evaluated|Perplexity"
+)
 LOG_PREFIX = re.compile(r"^([\d-]+ [\d:]+ \| )?INFO( \| |:)[\w.]+( \| |:)")
 LINE_WIDTH = 110
 
@@ -204,6 +206,9 @@ def training_flags(cutoffs, max_update):
         --max-update {max_update} --tokens-per-sample {TOKENS_PER_SAMPLE}
         --max-tokens {4 * TOKENS_PER_SAMPLE} --seed 1 --ddp-backend legacy_ddp
     """
+    # For short texts: by default fairseq drops a last batch that is no multiple of 8, which may be
+    # all there is of valid; and many epochs learn by heart.
+    optimisation += "--required-batch-size-multiple 1 --patience 5"
     saving = "--no-epoch-checkpoints --no-last-checkpoints --log-format simple --log-interval 100"
     return f"{model} {optimisation} {saving}".split()
 

@@ -65,6 +65,7 @@ def build(cfg, args):
         model.decoder, settings["key"]["type"], settings["key"]["layer"]
     ) as extractor:
         factory = cfg.task.knn_index or faiss_index.default_factory(sum(sizes), extractor.dimension)
+        faiss_index.refuse_untrainable(factory, sum(sizes), extractor.dimension, settings["metric"])
         with DatastoreWriter(
             directory,
             {**settings, "index": {"factory": factory}},

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 
 import torch
 
@@ -49,8 +50,13 @@ def run(cfg, args):
     if cfg.distributed_training.distributed_world_size > 1:
         raise UserError("fairseq_knnlm: fairseq-knnlm-tune runs in one process")
     common.require_datastore(cfg)
+    if args.knn_output:
+        _refuse_unwritable(args.knn_output)
     task, model = common.load_task_and_model(cfg)
-    retrieved = _retrieve(cfg, task, model, tuned_on)
+    samples = _samples(cfg, task, model, tuned_on)
+    if reported_on:
+        reported_samples = _samples(cfg, task, model, reported_on)  # refused before any work
+    retrieved = _retrieve(cfg, task, model, samples, tuned_on)
     base = perplexity(retrieved.log_p_lm)
     settings = tune(retrieved, _powers_of_two(task.retriever.k))
     chosen = best(settings)
@@ -65,7 +71,7 @@ def run(cfg, args):
     }
     del retrieved
     if reported_on:
-        report = evaluate(_retrieve(cfg, task, model, reported_on), chosen)
+        report = evaluate(_retrieve(cfg, task, model, reported_samples, reported_on), chosen)
         logger.info(
             f"{reported_on}: perplexity {report['base_perplexity']:.2f} without neighbours, "
             f"{report['knn_perplexity']:.2f} with that setting, over {report['tokens']:,} tokens"
@@ -84,8 +90,17 @@ def _powers_of_two(k: int):
     return [1 << exponent for exponent in range((k - 1).bit_length())] + [k]
 
 
-def _retrieve(cfg, task, model, split: str) -> Retrieved:
-    samples = task.evaluation_samples(
+def _refuse_unwritable(path: str) -> None:
+    directory = os.path.dirname(path) or "."
+    if os.path.isdir(path) or not os.access(directory, os.W_OK | os.X_OK):
+        raise UserError(
+            f"fairseq_knnlm: --knn-output {path} cannot be written: it must name a file in a "
+            "directory that is there and writable"
+        )
+
+
+def _samples(cfg, task, model, split: str):
+    return task.evaluation_samples(
         common.load_split(task, cfg, split),
         max_tokens=common.max_tokens(cfg),
         batch_size=cfg.dataset.batch_size,
@@ -94,6 +109,9 @@ def _retrieve(cfg, task, model, split: str) -> Retrieved:
         data_buffer_size=cfg.dataset.data_buffer_size,
         context_window=cfg.eval_lm.context_window,
     )
+
+
+def _retrieve(cfg, task, model, samples, split: str) -> Retrieved:
     device = next(model.parameters()).device
     parts = []
     for sample in common.with_progress(cfg, samples, prefix=f"retrieve {split}"):
