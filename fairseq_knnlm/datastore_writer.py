@@ -161,6 +161,7 @@ class DatastoreWriter:
             if self._overwrite or not os.path.exists(self._in(SETTINGS)):
                 self._refuse_small_disk()
             if self._overwrite:
+                self._refuse_foreign()
                 self._remove_build()
             refuse_finished(self.path)
             if os.path.exists(self._in(SETTINGS)):
@@ -198,6 +199,8 @@ class DatastoreWriter:
         with open(self._in(SETTINGS), "rb") as file:
             begun = json.load(file)
         now = self._begun()
+        if begun["plan"] == now["plan"] and self._plan["num_shards"] == 1:
+            self._accept_another_index(begun)
         if begun != now:
             differing = sorted(
                 f"{name} was {_brief(begun[part].get(name))}, is {_brief(now[part].get(name))}"
@@ -210,16 +213,32 @@ class DatastoreWriter:
                 f"other settings ({'; '.join(differing)}); repeat them, or pass --overwrite"
             )
 
+    def _accept_another_index(self, begun: dict) -> None:
+        """Keep the keys where only the index is to be another: the first may have failed."""
+        index = self.settings.get("index")
+        if begun["settings"].get("index") != index:
+            begun["settings"]["index"] = index
+            if begun == self._begun():
+                shutil.rmtree(self.work_path, ignore_errors=True)
+                write_atomically(self._in(SETTINGS), json.dumps(begun, indent=1).encode())
+
     def _begun(self) -> dict:
         return {"settings": self.settings, "plan": self._plan}
 
-    def _start(self) -> None:
-        present = [name for name in (KEYS, VALUES, INDEX) if os.path.exists(self._in(name))]
-        if present:
+    def _refuse_foreign(self) -> None:
+        """Refuse to replace files of our names that are no datastore of ours."""
+        names = (MANIFEST, KEYS, VALUES, INDEX)
+        present = [name for name in names if os.path.exists(self._in(name))]
+        if not present or os.path.exists(self._in(SETTINGS)):
+            return
+        if b'"format_version"' not in _read_if_there(self._in(MANIFEST)):
             raise UserError(
-                f"fairseq_knnlm: {self.path} has {', '.join(present)} but neither {MANIFEST} nor "
-                f"{SETTINGS}: not begun by this tool; use another --knn-datastore"
+                f"fairseq_knnlm: {self.path} has {', '.join(present)}, but no {MANIFEST} or "
+                f"{SETTINGS} of ours: not begun by this tool; use another --knn-datastore"
             )
+
+    def _start(self) -> None:
+        self._refuse_foreign()
         write_atomically(self._in(SETTINGS), json.dumps(self._begun(), indent=1).encode())
 
     def _refuse_small_disk(self) -> None:
@@ -306,8 +325,8 @@ class DatastoreWriter:
         """Held by the one builder that finishes a datastore all of whose chunks are written.
 
         Yields:
-            list of int: chunks that no shard has written yet; empty when it can be finished; None
-            when another builder has finished it.
+            str: what other shards have not done yet; empty when it can be finished; None when
+            another builder has finished it.
         """
         with self._disk_errors_explained():
             for file in self._files.values():
@@ -319,7 +338,14 @@ class DatastoreWriter:
             if os.path.exists(self._in(MANIFEST)):
                 yield None
             else:
-                yield sorted(set(range(len(self._ends))) - set(self._written()))
+                yield self._missing()
+
+    def _missing(self) -> str:
+        journals = [name for name in os.listdir(self.path) if name.endswith(".journal")]
+        # also one whose share is empty: it would find the datastore finished, and fail
+        waiting = self._plan["num_shards"] - len(journals)
+        chunks = len(self._ends) - len(self._written())
+        return f"{chunks} chunks, {waiting} shards not begun" if chunks or waiting else ""
 
     def finish(self, index: dict) -> None:
         """Write the manifest, the last file of a datastore, and remove the traces of the build.

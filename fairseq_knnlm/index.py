@@ -38,7 +38,7 @@ PART_ROWS = 1 << 23
 # 0.03%), ...
 CANDIDATES_PER_NEIGHBOR = 1.5
 # ... and for no fewer than this, since few neighbours are lost more easily.
-MIN_CANDIDATES = 64
+MIN_CANDIDATES = 128
 # A limit of FAISS's GPU indexes.
 GPU_MAX_K = 2048
 _BLOCK_BYTES = 1 << 28

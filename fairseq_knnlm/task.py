@@ -200,7 +200,8 @@ class KNNLMTask(LanguageModelingTask):
         """The scorer that the flags ask for."""
         return KNNScorer(
             softmax_batch=softmax_batch,
-            retriever=self.retriever,
+            # lambda = 0 needs no neighbours, only the check that they are this model's
+            retriever=self.retriever if self.args.knn_lambda > 0 else None,
             knn_lambda=self.args.knn_lambda,
             temperature=self.args.knn_temperature,
             bos=self.target_dictionary.bos() if self.args.add_bos_token else None,

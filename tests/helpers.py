@@ -52,7 +52,7 @@ def write_chunks(writer, keys, values, chunk_sizes, only=None):
 def finish(writer, factory="Flat"):
     """Build the index and the manifest."""
     with writer.finishing() as missing:
-        assert missing == []
+        assert missing == ""
         description = build_index(
             writer.keys(),
             factory,

@@ -194,6 +194,13 @@ def test_bad_arguments_of_build_make_no_directory(data, checkpoints, tmp_path):
     assert not (tmp_path / "d").exists()
 
 
+def test_a_path_that_is_no_checkpoint(data, tmp_path):
+    (tmp_path / "text.pt").write_text("no checkpoint")
+    with pytest.raises(UserError) as error:
+        build(data, tmp_path / "text.pt", tmp_path / "d")
+    assert refused(error, "--path", "text.pt", "no checkpoint")
+
+
 def test_directory_that_cannot_be_written(data, checkpoints, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError) as error:

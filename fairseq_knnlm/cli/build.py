@@ -108,10 +108,15 @@ def _shard_of(cfg):
 
 def _load_blocks(cfg, task, model):
     split = cfg.dataset.gen_subset
-    if os.pathsep in cfg.task.data or os.path.exists(_data_path(cfg, f"{split}1.idx")):
+    if os.pathsep in cfg.task.data:
         raise UserError(
-            f"fairseq_knnlm: {cfg.task.data} holds split {split!r} in several parts; build one "
-            "datastore of each and name them all, separated by ':', in --knn-datastore"
+            f"fairseq_knnlm: DATA must be one directory, got {cfg.task.data}: build a datastore of "
+            "each and name them all, separated by ':', in --knn-datastore"
+        )
+    if split == "train" and os.path.exists(_data_path(cfg, "train1.idx")):
+        logger.warning(
+            "fairseq-train reads train, train1, ... as one; this datastore is of train alone: "
+            "build others with --gen-subset train1, ... and name them all in --knn-datastore"
         )
     blocks = task.blocks(common.load_split(task, cfg, split), cfg.eval_lm.context_window)
     refuse_oversized(blocks, common.max_positions(model), common.max_tokens(cfg))
@@ -192,8 +197,8 @@ def _finish(writer, factory: str, metric: str, num_shards: int) -> None:
     with writer.finishing() as missing:
         if missing:
             logger.info(
-                f"this share is done; {len(missing)} chunks of other shards are not: the last of "
-                f"the {num_shards} shards to finish builds the index"
+                f"this share is done, others are not ({missing}): the last of the {num_shards} "
+                "shards to finish builds the index"
             )
         elif missing is not None:
             description = faiss_index.build_index(

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import pickle
 import sys
 from typing import Callable, Optional
 
@@ -79,14 +80,18 @@ def load_task_and_model(cfg):
         )
     cfg.task.tokens_per_sample -= cfg.eval_lm.context_window
     task = tasks.setup_task(cfg.task)
-    (model,), _, task = checkpoint_utils.load_model_ensemble_and_task(
-        [path],
-        arg_overrides=eval(cfg.common_eval.model_overrides),  # as fairseq-eval-lm reads it
-        suffix=cfg.checkpoint.checkpoint_suffix,
-        strict=cfg.checkpoint.checkpoint_shard_count == 1,
-        num_shards=cfg.checkpoint.checkpoint_shard_count,
-        task=task,
-    )
+    try:
+        (model,), _, task = checkpoint_utils.load_model_ensemble_and_task(
+            [path],
+            arg_overrides=eval(cfg.common_eval.model_overrides),  # as fairseq-eval-lm reads it
+            suffix=cfg.checkpoint.checkpoint_suffix,
+            strict=cfg.checkpoint.checkpoint_shard_count == 1,
+            num_shards=cfg.checkpoint.checkpoint_shard_count,
+            task=task,
+        )
+    except (pickle.UnpicklingError, EOFError) as error:
+        reason = str(error).split("\n")[0]
+        raise UserError(f"fairseq_knnlm: --path {path} is no checkpoint: {reason}") from error
     if cfg.common.fp16:
         model.half()
     if torch.cuda.is_available() and not cfg.common.cpu:
