@@ -1,6 +1,8 @@
 """What the demonstration found: a table, the same as results.json, and a plot."""
 
 import json
+import os
+from pathlib import Path
 
 import matplotlib
 
@@ -27,7 +29,8 @@ def write_report(work, tuned, base, knn, seconds):
         file.write("\n")
     plot(tuned, work / "perplexity.png")
     print("\n".join(["", *table(results), ""]))
-    print(f"The same: {work / 'results.json'}; the plot: {work / 'perplexity.png'}")
+    shown = Path(os.path.relpath(work))
+    print(f"The same: {shown / 'results.json'}; the plot: {shown / 'perplexity.png'}")
 
 
 def collect(tuned, base, knn, seconds):
