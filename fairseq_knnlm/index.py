@@ -145,8 +145,15 @@ def training_sample(keys: np.ndarray, size: int) -> np.ndarray:
     """*size* keys drawn without replacement, float32, read in the order of the file."""
     if size >= len(keys):
         return np.asarray(keys, dtype=np.float32)
-    rows = np.random.default_rng(_SEED).choice(len(keys), size, replace=False)
-    return np.asarray(keys[np.sort(rows)], dtype=np.float32)
+    rows = np.sort(np.random.default_rng(_SEED).choice(len(keys), size, replace=False))
+    if not isinstance(keys, np.memmap):
+        return np.asarray(keys[rows], dtype=np.float32)
+    # read, as in _blocks: mapped, a page and its neighbours would stay for every row
+    sample = np.empty((size, keys.shape[1]), dtype=keys.dtype)
+    with open(keys.filename, "rb") as file:
+        for target, row in zip(sample, rows.tolist()):
+            os.preadv(file.fileno(), [target], keys.offset + row * keys.strides[0])
+    return sample.astype(np.float32)
 
 
 def _train(index, keys: np.ndarray, report) -> None:

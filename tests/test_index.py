@@ -388,3 +388,10 @@ def test_keys_are_not_copied_to_be_searched(keys, index_path):
     assert np.array_equal(
         np.fromfile(keys.filename, dtype=np.uint8)[:6], np.frombuffer(b"\x93NUMPY", np.uint8)
     )
+
+
+def test_a_training_sample_of_a_file_is_that_of_the_array(tmp_path):
+    keys = random_keys(5, 500, 6)
+    np.save(tmp_path / "keys.npy", keys)
+    mapped = np.load(tmp_path / "keys.npy", mmap_mode="r")
+    assert np.array_equal(training_sample(mapped, 50), training_sample(keys, 50))

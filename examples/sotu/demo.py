@@ -246,7 +246,7 @@ def run_pipeline(work, prepare_arguments, max_update):
         "prepare",
         "tokenise the text and split it",
         [Path(sys.executable), HERE / "prepare.py", text, *prepare_arguments],
-        inputs=[HERE / "prepare.py", *text_files(prepare_arguments)],
+        inputs=[*text_files(prepare_arguments)],
         outputs=[*splits.values()],
         folder=text,
         show=".",
