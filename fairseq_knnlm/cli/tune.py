@@ -113,10 +113,13 @@ def _samples(cfg, task, model, split: str):
 
 def _retrieve(cfg, task, model, samples, split: str) -> Retrieved:
     device = next(model.parameters()).device
-    parts = []
-    for sample in common.with_progress(cfg, samples, prefix=f"retrieve {split}"):
+    parts, tokens = [], 0
+    progress = common.with_progress(cfg, samples, prefix=f"retrieve {split}")
+    for sample in progress:
         sample = common.to_device(sample, device)
         encoded, found = encode_and_search(model, sample, task.retriever, cfg.eval_lm.softmax_batch)
         matches = found.values == sample["target"].unsqueeze(1)
+        tokens += sample["ntokens"]
+        progress.log({"tokens": tokens})
         parts.append([part.cpu() for part in (encoded.log_p_lm, found.distances, matches)])
     return Retrieved(*(torch.cat(part) for part in zip(*parts)))
