@@ -137,6 +137,19 @@ def plan_chunks(sizes: np.ndarray, chunk_tokens: int) -> list[range]:
     return chunks
 
 
+def split_evenly(sizes: np.ndarray, count: int) -> list[range]:
+    """Cut the blocks into *count* runs of about equally many target tokens, fewer of few blocks.
+
+    Returns:
+        list of range: block indices of each chunk, together every block once, in order.
+    """
+    ends = np.cumsum(np.asarray(sizes, dtype=np.int64))
+    total = int(ends[-1]) if len(ends) else 0
+    cuts = np.searchsorted(ends, [total * number // count for number in range(1, count)]) + 1
+    bounds = sorted({0, *cuts.clip(max=len(ends)).tolist(), len(ends)})
+    return [range(start, stop) for start, stop in zip(bounds, bounds[1:])]
+
+
 def shard(chunks: Sequence[range], num_shards: int, shard_id: int) -> list[range]:
     """The contiguous share of the chunks that shard *shard_id* of *num_shards* takes."""
     bounds = np.linspace(0, len(chunks), num_shards + 1).round().astype(int)
@@ -217,3 +230,29 @@ class ChunkCollater:
             "positions": torch.cat(positions),
             "rows": torch.cat(rows),
         }
+
+
+def only_rows(sample: dict, start: int, stop: int) -> dict:
+    """A sample with some of its targets: batches that hold none of them are left out.
+
+    Args:
+        sample (dict): from ``ChunkCollater``.
+        start, stop (int): rows of ``target``.
+
+    Returns:
+        dict: of the same form; ``target_lengths`` counts what is left of each block.
+    """
+    batches = []
+    for batch in sample["batches"]:
+        wanted = (batch["rows"] >= start) & (batch["rows"] < stop)
+        if wanted.any():
+            rows, positions = batch["rows"][wanted] - start, batch["positions"][wanted]
+            batches.append({**batch, "rows": rows, "positions": positions})
+    ends = np.cumsum(sample["target_lengths"]).clip(start, stop)
+    return {
+        **sample,
+        "ntokens": stop - start,
+        "target": sample["target"][start:stop],
+        "target_lengths": np.diff(ends, prepend=start).tolist(),
+        "batches": batches,
+    }

@@ -12,6 +12,7 @@ from typing import Callable, NamedTuple, Optional
 import numpy as np
 
 from .errors import UserError
+from .list_search import MAX_KEYS, ListSearch, nearest_first, one_thread_each, slices
 
 # FAISS tells at INFO, in seven lines, which of its builds it loads
 logging.getLogger("faiss.loader").setLevel(logging.WARNING)
@@ -31,14 +32,26 @@ FLAT_BELOW = 8192
 MAX_NLIST = 4096
 # FAISS warns below 39 training keys a list and ignores more than 256.
 TRAINING_KEYS_PER_LIST = 64
-# Rows added between two saves: what an interrupted build loses at most.
+# Rows added before the index is saved: what an interrupted build loses at most, ...
 PART_ROWS = 1 << 23
-# Exact distances are computed for this many candidates of the index per neighbour (measured on
-# 2M real keys, k = 1024: 1.0 is 0.18% of perplexity from brute force, 1.25 0.10%, 1.5 and 2.0
-# 0.03%), ...
-CANDIDATES_PER_NEIGHBOR = 1.5
-# ... and for no fewer than this, since few neighbours are lost more easily.
+# ... or this share of it, once that is more: all that is ever saved is three times the index.
+PART_SHARE = 0.5
+# Exact distances are computed for at least this many candidates of the index, ...
 MIN_CANDIDATES = 128
+# ... for this many a neighbour while these are few, ...
+CANDIDATES_PER_NEIGHBOR = 8
+MANY_CANDIDATES = 1024
+# ... and for this many a neighbour beyond. (2M real keys: perplexity is within 1e-5 of that of all
+# keys in the probed lists up to k = 128, and within 0.0003 at k = 1024.)
+CANDIDATES_OF_MANY = 1.5
+# For more neighbours than this, and at least one query for so many keys, visiting each list once
+# costs less than candidates for each query.
+FEW_NEIGHBORS = 16
+KEYS_PER_QUERY = 100
+# The index is asked for a few more, so that of those at one distance it is known which come first.
+TIES = 32
+# What FAISS returns at a time: fresh memory costs more than what is done in it.
+_FOUND_BYTES = 1 << 26
 # A limit of FAISS's GPU indexes.
 GPU_MAX_K = 2048
 _BLOCK_BYTES = 1 << 26
@@ -53,12 +66,12 @@ def faiss_version() -> str:
 def default_factory(count: int, dimension: int) -> str:
     """A FAISS factory string for *count* keys.
 
-    About 1.4 sqrt(N) lists, a power of two, up to the paper's 4096, and 64-byte codes: 128
+    About 1.7 sqrt(N) lists, up to the paper's 4096, and 64-byte codes: 128
     sub-quantisers of 4 bits, which are scanned in registers, in place of the paper's 64 of 8.
     """
     if count < FLAT_BELOW:
         return "Flat"
-    nlist = min(MAX_NLIST, 1 << round(np.log2(np.sqrt(2 * count))))
+    nlist = min(MAX_NLIST, 64 * round(1.7 * math.sqrt(count) / 64))
     sub_quantizers = max(m for m in range(1, 129) if dimension % m == 0)
     return f"IVF{nlist},PQ{sub_quantizers}x4fs"
 
@@ -92,8 +105,8 @@ def estimate_bytes(factory: str, count: int, dimension: int, metric: str) -> int
     return int(count * (code_bytes + 8 * (lists > 0)) + lists * dimension * 4)
 
 
-def refuse_untrainable(factory: str, count: int, dimension: int, metric: str) -> None:
-    """Refuse an index that cannot be trained on *count* keys, before they are there.
+def refuse_unbuildable(factory: str, count: int, dimension: int, metric: str) -> None:
+    """Refuse an index that cannot be built of *count* keys, before they are there.
 
     Raises:
         UserError: naming both numbers.
@@ -105,6 +118,11 @@ def refuse_untrainable(factory: str, count: int, dimension: int, metric: str) ->
         [kind.pq.ksub for kind in kinds if hasattr(kind, "pq")]
         + [ivf.nlist if ivf is not None else 0]
     )
+    if count > MAX_KEYS:
+        raise UserError(
+            f"fairseq_knnlm: a datastore holds {MAX_KEYS:,} keys at most, the split has {count:,}: "
+            "build one of each part and name them all, separated by ':', in --knn-datastore"
+        )
     if count < needed:
         raise UserError(
             f"fairseq_knnlm: --knn-index {factory} needs {needed:,} keys to be trained on, the "
@@ -205,9 +223,10 @@ def build_index(
         save(index, begun_path)
     # not in parts to be merged: FAISS merges not every kind, and of fast-scan codes leaves bytes
     # in the merged lists uninitialised
-    for start in range(index.ntotal, len(keys), PART_ROWS):
-        stop = min(start + PART_ROWS, len(keys))
-        for block in _blocks(keys, start, stop):
+    while index.ntotal < len(keys):
+        rows = max(PART_ROWS, int(PART_SHARE * index.ntotal))
+        stop = min(index.ntotal + rows, len(keys))
+        for block in _blocks(keys, index.ntotal, stop):
             _add(index, block)
             report(f"indexed {index.ntotal:,} of {len(keys):,} keys")
         save(index, begun_path if stop < len(keys) else path)
@@ -313,12 +332,15 @@ class Found(NamedTuple):
 class SearchIndex:
     """An index on disk, loaded for searching.
 
+    Exact distances are computed from the keys. For many queries of an inverted file, each of its
+    lists is visited once and all that is in the probed ones compared; for few, and for other kinds
+    of index, more candidates than are asked for are taken from the index and re-scored.
+
     Args:
         path (str): the file.
         metric (str): ``l2`` or ``ip``.
-        keys (ndarray): shape (N, D), float16, a memory-mapped ``.npy`` file: distances are exact,
-            computed again from these keys for more candidates than are asked for. None: as the
-            index returns them.
+        keys (ndarray): shape (N, D), float16, a memory-mapped ``.npy`` file: distances are exact.
+            None: as the index returns them.
         device (str): ``cpu`` or ``cuda``.
     """
 
@@ -328,7 +350,11 @@ class SearchIndex:
         self._on_gpu = device == "cuda"
         self._params = _search_params(self._index)
         self._exhaustive = isinstance(self._index, faiss.IndexFlat)
+        self._ivf = _ivf(self._index)
         self._keys = _KeysIndex(keys, metric) if keys is not None else None
+        self._lists = None
+        if self._keys is not None and self._ivf is not None and not self._on_gpu:
+            self._lists = self._list_search(keys)
         if self._on_gpu:
             self._index = _to_gpu(self._index)
         if self._keys is not None:
@@ -342,21 +368,89 @@ class SearchIndex:
             k (int): at most the number of entries.
             nprobe (int): inverted lists visited; all where the index has fewer.
         """
-        params = self._params(nprobe)
-        if self._keys is None:
-            distances, ids = self._index.search(queries, k, params=params)
-        else:
-            params = faiss.IndexRefineSearchParameters(
-                k_factor=self._candidates(k) / k, base_index_params=params
-            )
-            order = self._neighbourly(queries)
-            found = self._refined.search(queries[order], k, params=params)
-            distances, ids = (np.empty_like(part) for part in found)
-            distances[order], ids[order] = found
+        found = Found(
+            np.empty((len(queries), k), dtype=np.float32), np.empty((len(queries), k), np.int64)
+        )
+
+        def keep(rows, distances, ids):
+            found.distances[rows], found.ids[rows] = distances, ids
+
+        self.map(keep, queries, k, nprobe)
+        return found
+
+    def map(self, function: Callable, queries: np.ndarray, k: int, nprobe: int) -> list:
+        """Search, and use what is found for some queries at a time, by several threads.
+
+        Args:
+            function (callable): takes a slice of the queries, and their distances and ids as
+                ``Found`` has them.
+
+        Returns:
+            list: its results, in the order of the queries.
+        """
+        if self._visits_lists(len(queries), k):
+            return self._lists.map(function, queries, self._probes(queries, nprobe), k)
+        count = self._candidates(k)
+        step = max(1, min(len(queries), _FOUND_BYTES // (12 * count)))
+        room = Found(np.empty((step, count), np.float32), np.empty((step, count), np.int64))
+        results: list = []
+        for start in range(0, len(queries), step):
+            part = queries[start : start + step]
+            found, order = self._candidate_search(part, count, nprobe, room)
+            places = order.argsort()
+
+            def use(rows, start=start, found=found, places=places):
+                distances, ids = (each[places[rows]] for each in found)
+                return function(
+                    slice(start + rows.start, start + rows.stop), *nearest_first(distances, ids, k)
+                )
+
+            with one_thread_each() as pool:
+                results += pool.map(use, slices(len(part)))
+        return results
+
+    def _visits_lists(self, queries: int, k: int) -> bool:
+        return (
+            self._lists is not None
+            and k > FEW_NEIGHBORS
+            and self._index.ntotal <= KEYS_PER_QUERY * queries
+        )
+
+    def _list_search(self, keys: np.ndarray) -> ListSearch:
+        lists = self._ivf.invlists
+
+        def ids_of(number):
+            size = lists.list_size(number)
+            ids = lists.get_ids(number) if size else None
+            return faiss.rev_swig_ptr(ids, size) if size else np.empty(0, dtype=np.int64)
+
+        return ListSearch(keys, ids_of, self._ivf.nlist, self._metric, _PAIRS[self._metric])
+
+    def _probes(self, queries: np.ndarray, nprobe: int) -> np.ndarray:
+        """Lists nearest to each query, shape (N, nprobe), int64."""
+        index = faiss.downcast_index(self._index)
+        while not isinstance(index, faiss.IndexIVF):
+            if isinstance(index, faiss.IndexPreTransform):
+                for number in range(index.chain.size()):
+                    transform = faiss.downcast_VectorTransform(index.chain.at(number))
+                    queries = transform.apply(queries)
+                index = faiss.downcast_index(index.index)
+            else:
+                index = faiss.downcast_index(index.base_index)
+        return index.quantizer.search(queries, min(nprobe, index.nlist))[1]
+
+    def _candidate_search(self, queries: np.ndarray, count: int, nprobe: int, room: Found):
+        """The nearest entries as FAISS finds them, and which of the queries each row is of."""
+        params, index, order = self._params(nprobe), self._index, np.arange(len(queries))
+        if self._keys is not None:
+            params = faiss.IndexRefineSearchParameters(k_factor=1, base_index_params=params)
+            index, order = self._refined, self._neighbourly(queries)
+        distances, ids = (part[: len(queries)] for part in room)
+        index.search(queries[order], count, D=distances, I=ids, params=params)
         if self._metric == "ip":
             np.negative(distances, out=distances)
         distances[ids < 0] = np.inf
-        return Found(distances, ids)
+        return Found(distances, ids), order
 
     def _neighbourly(self, queries: np.ndarray) -> np.ndarray:
         """An order of the queries in which those of one list stand side by side.
@@ -368,10 +462,31 @@ class SearchIndex:
         return self._index.quantizer.assign(queries, 1)[:, 0].argsort(kind="stable")
 
     def _candidates(self, k: int) -> int:
-        if self._exhaustive:
-            return k
-        wanted = max(math.ceil(CANDIDATES_PER_NEIGHBOR * k), MIN_CANDIDATES)
+        """How many entries FAISS is asked for."""
+        wanted = k + TIES
+        if self._keys is not None and not self._exhaustive:
+            few = min(CANDIDATES_PER_NEIGHBOR * k, MANY_CANDIDATES)
+            wanted = max(wanted, MIN_CANDIDATES, few, math.ceil(CANDIDATES_OF_MANY * k))
         return min(wanted, self._index.ntotal, GPU_MAX_K if self._on_gpu else wanted)
+
+
+def _pair_distances(compute: Callable, sign: int) -> Callable:
+    """What ``ListSearch`` measures pairs with."""
+
+    def distances(queries, rows, keys, columns):
+        faiss.omp_set_num_threads(1)  # of this thread of a pool
+        result = np.empty(len(rows), dtype=np.float32)
+        pointers = [faiss.swig_ptr(part) for part in (queries, rows, keys, columns, result)]
+        compute(keys.shape[1], len(rows), *pointers)
+        return np.negative(result, out=result) if sign < 0 else result
+
+    return distances
+
+
+_PAIRS = {
+    "l2": _pair_distances(faiss.pairwise_indexed_L2sqr, 1),
+    "ip": _pair_distances(faiss.pairwise_indexed_inner_product, -1),
+}
 
 
 def _search_params(index) -> Callable:

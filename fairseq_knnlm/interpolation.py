@@ -37,18 +37,40 @@ def knn_log_probs(distances, values, targets, temperature=1.0):
             "knn_log_probs: expected distances and values of one shape (N, k) and targets (N,), "
             f"got {tuple(distances.shape)}, {tuple(values.shape)}, {tuple(targets.shape)}"
         )
-    if not temperature > 0:
-        raise UserError(f"knn_log_probs: temperature must be > 0, got {temperature}")
-    temperature = min(max(temperature, _TEMPERATURES[0]), _TEMPERATURES[1])
-    # relative to the nearest: float32 has few digits left for differences of large distances
-    nearest = distances.float().amin(dim=1, keepdim=True).nan_to_num_(posinf=0.0)
-    log_weights = (nearest - distances) / temperature
+    log_weights = _log_weights(distances, temperature)
     log_total = log_weights.logsumexp(dim=1)
     matches = values == targets.unsqueeze(1)
     log_matched = log_weights.masked_fill(~matches, -math.inf).logsumexp(dim=1)
     # a query without any neighbour has log_total = -inf, and -inf - -inf would be nan
     log_p_knn = (log_matched - log_total).clamp_(max=0.0)
     return log_p_knn.masked_fill_(log_matched.isneginf(), -math.inf)
+
+
+def knn_weights(distances, temperature=1.0):
+    """Share of each neighbour in p_knn: exp(-d_i / T) over the sum of all.
+
+    Args:
+        distances (Tensor): shape (N, k), as in ``knn_log_probs``.
+        temperature (float): T > 0, in the unit of *distances*.
+
+    Returns:
+        Tensor: shape (N, k), float32, in [0, 1]; rows sum to 1, or to 0 without any neighbour.
+
+    Raises:
+        UserError: if temperature <= 0.
+    """
+    # a query without any neighbour has 0 / 0
+    return _log_weights(distances, temperature).softmax(dim=1).nan_to_num_(nan=0.0)
+
+
+def _log_weights(distances, temperature):
+    """-d / T up to a constant of each row."""
+    if not temperature > 0:
+        raise UserError(f"knn_log_probs: temperature must be > 0, got {temperature}")
+    temperature = min(max(temperature, _TEMPERATURES[0]), _TEMPERATURES[1])
+    # relative to the nearest: float32 has few digits left for differences of large distances
+    nearest = distances.float().amin(dim=1, keepdim=True).nan_to_num_(posinf=0.0)
+    return (nearest - distances) / temperature
 
 
 def interpolate(log_p_lm, log_p_knn, knn_lambda):

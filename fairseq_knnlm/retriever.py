@@ -1,7 +1,7 @@
 """From queries to neighbours: searches one or several datastores as one."""
 
-from collections.abc import Sequence
-from typing import NamedTuple, Optional
+from collections.abc import Iterator, Sequence
+from typing import Callable, NamedTuple, Optional
 
 import numpy as np
 import torch
@@ -183,25 +183,48 @@ class Retriever:
         Returns:
             Neighbors: on the device of *queries*.
         """
-        flat = np.ascontiguousarray(queries.float().cpu().numpy())
-        distances, values, ids = zip(*self._search_each(flat))
-        merged = Neighbors(*(torch.cat(parts, dim=1) for parts in (distances, values, ids)))
-        if len(self.datastores) > 1:
-            merged = _nearest(merged, self.k)
-        return Neighbors(*(part.to(queries.device) for part in merged))
+        found = self.map(lambda rows, neighbors: neighbors, queries)
+        if not found:
+            empty = torch.empty(0, self.k)
+            found = [Neighbors(empty, empty.long(), empty.long())]
+        return Neighbors(*(torch.cat(parts).to(queries.device) for parts in zip(*found)))
 
-    def _search_each(self, queries: np.ndarray):
+    def map(self, function: Callable, queries: torch.Tensor) -> list:
+        """Search, and use the neighbours of some queries at a time, while they are in the cache.
+
+        Args:
+            function (callable): takes a slice of the queries and their ``Neighbors``, on the CPU;
+                called from several threads.
+            queries (Tensor): shape (N, D), any float dtype and device.
+
+        Returns:
+            list: its results, in the order of the queries.
+        """
+        flat = np.ascontiguousarray(queries.float().cpu().numpy())
         if self._indexes is None:
             self._indexes = [self._load(*each) for each in zip(self.datastores, self._devices)]
+        if len(self.datastores) == 1:
+            (index,), (datastore,) = self._indexes, self.datastores
+            return index.map(
+                lambda rows, *found: function(rows, _neighbors(datastore, 0, *found)),
+                flat, self.k, self.nprobe,
+            )  # fmt: skip
+        each = list(self._search_each(flat))
+        return [
+            function(rows, self._merge([part[rows] for part in found] for found in each))
+            for rows in faiss_index.slices(len(flat))
+        ]
+
+    def _search_each(self, queries: np.ndarray) -> Iterator[Neighbors]:
         first_id = 0
         for datastore, index in zip(self.datastores, self._indexes):
             found = index.search(queries, min(self.k, len(datastore)), self.nprobe)
-            missing = found.ids < 0
-            values = datastore.values[np.where(missing, 0, found.ids)].astype(np.int64)
-            values[missing] = 0
-            ids = np.where(missing, -1, found.ids + first_id)
-            yield (torch.from_numpy(part) for part in (found.distances, values, ids))
+            yield _neighbors(datastore, first_id, *found)
             first_id += len(datastore)
+
+    def _merge(self, each) -> Neighbors:
+        merged = Neighbors(*(torch.cat(parts, dim=1) for parts in zip(*each)))
+        return _nearest(merged, self.k)
 
     def _load(self, datastore: Datastore, device: str):
         return faiss_index.SearchIndex(
@@ -210,6 +233,16 @@ class Retriever:
             keys=datastore.keys if self.exact else None,
             device=device,
         )
+
+
+def _neighbors(datastore: Datastore, first_id: int, distances, ids) -> Neighbors:
+    missing = ids < 0
+    if not missing.any():
+        values, ids = datastore.values[ids].astype(np.int64), ids + first_id
+    else:
+        values = np.where(missing, 0, datastore.values[np.where(missing, 0, ids)]).astype(np.int64)
+        ids = np.where(missing, -1, ids + first_id)
+    return Neighbors(*(torch.from_numpy(part) for part in (distances, values, ids)))
 
 
 def _nearest(neighbors: Neighbors, k: int) -> Neighbors:

@@ -16,8 +16,6 @@ from .key_extractor import KeyExtractor
 
 # Largest logits tensor, in elements; --softmax-batch can only make it smaller.
 _MAX_LOGITS = 1 << 25
-# Rows whose neighbours are turned into probabilities at a time: what stays in the cache.
-_ROWS = 256
 
 
 class Encoded(NamedTuple):
@@ -110,6 +108,21 @@ def _adaptive_log_probs(decoder, features, targets):
     return log_p
 
 
+def encode_and_map(model, sample: dict, retriever, function, softmax_batch: int = 0):
+    """Run a language model over a chunk and use the neighbours of all its targets.
+
+    Args:
+        function (callable): takes a slice of the rows and their ``Neighbors``, on the CPU; called
+            from several threads.
+
+    Returns:
+        tuple: ``Encoded``, rows in corpus order, and the results of *function* in order, a list.
+    """
+    with retriever.extractor(model) as extractor:
+        encoded = encode(model, sample, extractor, softmax_batch=softmax_batch)
+    return encoded, retriever.map(function, encoded.keys)
+
+
 def encode_and_search(model, sample: dict, retriever, softmax_batch: int = 0):
     """Run a language model over a chunk and find the neighbours of all its targets.
 
@@ -171,9 +184,13 @@ class KNNScorer:
     def _log_probs(self, model, sample):
         if self.retriever is None:
             return encode(model, sample, softmax_batch=self.softmax_batch).log_p_lm
-        encoded, found = encode_and_search(model, sample, self.retriever, self.softmax_batch)
-        pieces = (part.split(_ROWS) for part in (found.distances, found.values, sample["target"]))
-        log_p_knn = torch.cat([knn_log_probs(*piece, self.temperature) for piece in zip(*pieces)])
+        targets = sample["target"].cpu()
+
+        def score(rows, found):
+            return knn_log_probs(found.distances, found.values, targets[rows], self.temperature)
+
+        encoded, scores = encode_and_map(model, sample, self.retriever, score, self.softmax_batch)
+        log_p_knn = torch.cat(scores).to(encoded.log_p_lm.device)
         return interpolate(encoded.log_p_lm, log_p_knn, self.knn_lambda)
 
     def _hypothesis(self, tokens, scores) -> dict:

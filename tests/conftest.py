@@ -124,17 +124,17 @@ def datastores(data, checkpoints, tmp_path_factory):
     return {name: folder / name for name in checkpoints}
 
 
-def build(data, checkpoint, directory, *flags):
+def build(data, checkpoint, directory, *flags, cpu=True):
     """Run ``fairseq-knnlm-build`` in this process."""
     from fairseq_knnlm.cli.build import main
 
     main([str(word) for word in (
         data, "--path", checkpoint, "--knn-datastore", directory, "--tokens-per-sample", 32,
-        "--cpu", "--log-format", "none", "--num-workers", 0, *flags,
+        "--log-format", "none", "--num-workers", 0, *["--cpu"] * cpu, *flags,
     )])  # fmt: skip
 
 
-def evaluate(data, checkpoint, *flags, task="knnlm_lm"):
+def evaluate(data, checkpoint, *flags, task="knnlm_lm", cpu=True):
     """Run ``fairseq-eval-lm`` in this process.
 
     Returns:
@@ -145,8 +145,8 @@ def evaluate(data, checkpoint, *flags, task="knnlm_lm"):
     from fairseq_cli import eval_lm
 
     arguments = [str(word) for word in (
-        data, "--path", checkpoint, "--task", task, "--user-dir", USER_DIR, "--cpu",
-        "--log-format", "none", "--num-workers", 0, *flags,
+        data, "--path", checkpoint, "--task", task, "--user-dir", USER_DIR,
+        "--log-format", "none", "--num-workers", 0, *["--cpu"] * cpu, *flags,
     )]  # fmt: skip
     if "--tokens-per-sample" not in arguments:
         arguments += ["--tokens-per-sample", "32"]

@@ -1,0 +1,448 @@
+"""Exact nearest keys in the probed lists, each list visited once for all queries.
+
+An inverted file searched query by query reads a list again for every query that probes it. Here
+queries are grouped by list: its keys are read and converted once, and one matrix product compares
+them with all its queries. The product may be rounded (bfloat16, where the CPU multiplies that
+faster): it only decides, with room for the rounding, which pairs are near enough to be worth an
+exact distance. So nothing that lies in a probed list is lost, and the k nearest are the first k of
+the k + 1 nearest.
+
+Near enough is what lies below a limit: a distance that a sample of a query's keys says is a little
+beyond its k-th nearest. Nothing but time depends on it: a query that found too few is searched
+again without one, one that found too many keeps the nearest.
+"""
+
+import contextlib
+import math
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Callable, NamedTuple
+
+import numpy as np
+import torch
+
+# One key in this many is sampled for the limits, ...
+_SAMPLE = 64
+# ... and a limit is set so that a miss is this many standard deviations away.
+_SIGMAS = 3.5
+# Elements of a matrix of keys, or of distances, in float32: what stays in a core's cache.
+_BLOCK = 1 << 19
+_MAX_KEYS_OF_BLOCK = 1 << 12
+# Matrices are as large as the next multiple of these: a kernel is compiled for every shape.
+_QUERIES_STEP, _KEYS_STEP = 64, 128
+# Queries whose neighbours are handed over at a time.
+ROWS = 256
+# Relative error of a product of two numbers that are rounded to bfloat16, and some of the sum's.
+_ROUNDING = 1.05 * 2.0**-8
+# Ids share 64 bits with distances.
+MAX_KEYS = 1 << 32
+_NONE = np.iinfo(np.uint64).max
+
+
+class ListSearch:
+    """Searches keys through their inverted lists.
+
+    Args:
+        keys (ndarray): shape (N, D), float16, N at most ``MAX_KEYS``.
+        list_ids (callable): takes the number of a list, gives the rows of *keys* in it, int64.
+        nlist (int): number of lists.
+        metric (str): ``l2`` or ``ip``.
+        pair_distances (callable): takes float32 arrays of shape (n, D) and (m, D) and int64 rows of
+            either, each of shape (p,); gives p distances, float32, lower is closer.
+    """
+
+    def __init__(
+        self, keys: np.ndarray, list_ids: Callable, nlist: int, metric: str, pair_distances
+    ):
+        self._keys = keys.view(np.ndarray)  # indexing a memmap is slower
+        self._list_ids = list_ids
+        self._sizes = np.array([len(list_ids(number)) for number in range(nlist)])
+        self._metric = metric
+        self._pair_distances = pair_distances
+        self._keys_of_block = _fitting(keys.shape[1], _KEYS_STEP, _MAX_KEYS_OF_BLOCK)
+        self._center = self._middle() if metric == "l2" else torch.zeros(keys.shape[1])
+        self._of_thread = threading.local()
+        self._memory = np.empty(0, dtype=np.uint64)
+
+    def _middle(self) -> torch.Tensor:
+        """About the mean of the keys, which l2 is computed relative to.
+
+        Small differences of large numbers would have few digits.
+        """
+        some = self._keys[:: max(1, len(self._keys) // _MAX_KEYS_OF_BLOCK)]
+        return torch.from_numpy(some.mean(axis=0, dtype=np.float32))
+
+    def probed(self, probes: np.ndarray) -> int:
+        """How many distances a search computes."""
+        return int(np.where(probes < 0, 0, self._sizes[probes]).sum())
+
+    def map(self, function: Callable, queries: np.ndarray, probes: np.ndarray, k: int) -> list:
+        """Find the k nearest keys in the lists that each query probes, and use them.
+
+        Of equal distances the lower id comes first.
+
+        Args:
+            function (callable): called for ``ROWS`` or fewer queries at a time, from several
+                threads, with a slice, the queries; distances, shape (n, k), float32, squared L2 or
+                minus the inner product, nearest first, +inf where there is no neighbour; and ids,
+                shape (n, k), int64, -1 where there is none.
+            queries (ndarray): shape (N, D), float32.
+            probes (ndarray): shape (N, P), int64, the lists of each query, each once; -1 for none.
+            k (int): neighbours.
+
+        Returns:
+            list: the results of *function*, in order.
+        """
+        queries = torch.from_numpy(queries) - self._center
+        with one_thread_each() as pool:
+            limits = self._limits(queries, probes, k, pool)
+            nearest = self._nearest(queries, probes, limits, k, pool, self._workspace)
+            short = nearest.incomplete()
+            if len(short):
+                unlimited = np.full(len(short), np.inf, dtype=np.float32)
+                again = self._nearest(queries[short], probes[short], unlimited, k, pool, np.empty)
+                nearest.replace(short, again)
+            results = pool.map(lambda rows: function(rows, *nearest.of(rows)), slices(len(queries)))
+            return list(results)
+
+    def _workspace(self, shape: tuple[int, ...], dtype) -> np.ndarray:
+        """Memory for an array, the same for every search; its content is undefined.
+
+        Fresh memory costs more than what is done in it.
+        """
+        count = math.prod(shape)
+        needed = -(-count * np.dtype(dtype).itemsize // self._memory.itemsize)
+        if self._memory.size < needed:
+            self._memory = np.empty(needed, dtype=np.uint64)
+        return self._memory.view(dtype)[:count].reshape(shape)
+
+    def _limits(self, queries, probes, k: int, pool) -> np.ndarray:
+        """A rough distance for each query that probably a few more than k keys are below."""
+        sizes = -(-self._sizes // _SAMPLE)
+        ends = np.where(probes < 0, 0, sizes[probes]).cumsum(axis=1)
+        sample = self._workspace((len(ends), max(1, ends[:, -1].max())), np.float32)
+        sample[:] = np.inf
+        flat = sample.reshape(-1)
+
+        def visit(block):
+            starts = ends[block.rows, block.slots] - sizes[block.number] + block.first
+            starts += block.rows * sample.shape[1]
+            flat[starts[:, None] + np.arange(len(block.ids))] = block.rough.numpy()
+
+        self._each_block(visit, queries, probes, _SAMPLE, pool)
+        rank = _sampled_rank(k)
+        if rank > sample.shape[1]:
+            return np.full(len(sample), np.inf, dtype=np.float32)
+        list(pool.map(lambda rows: sample[rows].partition(rank - 1, axis=1), slices(len(sample))))
+        return sample[:, rank - 1].copy()
+
+    def _nearest(self, queries, probes, limits, k: int, pool, allocate) -> "_Nearest":
+        norms = _square_norms(queries)
+        offsets = norms if self._metric == "l2" else torch.zeros_like(norms)
+        slack = norms.sqrt() * (_ROUNDING * (2 if self._metric == "l2" else 1))
+        kept = allocate((len(queries), _room(k)), np.uint64)
+        nearest = _Nearest(k, limits, offsets.numpy(), slack.numpy(), kept)
+
+        def visit(block):
+            nearest.add(block, self._pair_distances)
+
+        self._each_block(visit, queries, probes, 1, pool)
+        nearest.sort(pool)
+        return nearest
+
+    def _each_block(self, visit: Callable, queries, probes, stride: int, pool) -> None:
+        """Compare the keys of each list, or one in *stride*, with the queries that probe it."""
+        groups = _Groups(probes, len(self._sizes))
+
+        def visit_list(number):
+            for block in self._blocks(queries, groups, number, stride):
+                visit(block)
+
+        with _rounded_products():
+            list(pool.map(visit_list, groups.lists))
+
+    def _blocks(self, queries, groups, number: int, stride: int) -> Iterator["_Block"]:
+        """The blocks of a list; each is in the memory of the one before."""
+        ids = self._list_ids(number)[::stride]
+        rows, slots = groups.of(number)
+        scratch = self._scratch()
+        for first in range(0, len(ids), self._keys_of_block):
+            block_ids = ids[first : first + self._keys_of_block]
+            keys, norms = self._read(block_ids, scratch)
+            reach = math.sqrt(norms[: len(block_ids)].max())
+            queries_of_block = _fitting(max(keys.shape), _QUERIES_STEP, len(rows))
+            for begin in range(0, len(rows), queries_of_block):
+                part = slice(begin, begin + queries_of_block)
+                count = len(rows[part])
+                mine = _head(scratch.queries, _padded(count, _QUERIES_STEP), keys.size(1))
+                torch.index_select(queries, 0, torch.from_numpy(rows[part]), out=mine[:count])
+                rough = _head(scratch.rough, len(mine), len(keys))
+                if self._metric == "l2":
+                    torch.addmm(norms, mine, keys.t(), alpha=-2, out=rough)
+                else:
+                    torch.mm(mine, keys.t(), out=rough).neg_()
+                rough = rough[:count, : len(block_ids)]
+                yield _Block(
+                    number, rows[part], slots[part], first, block_ids, mine, keys, reach, rough
+                )
+
+    def _read(self, ids: np.ndarray, scratch: "_Scratch"):
+        """Keys in float32, relative to the center, and their squared norms; padded."""
+        found = scratch.found[: len(ids)]
+        self._keys.take(ids, axis=0, out=found, mode="clip")
+        padded = _head(scratch.keys, _padded(len(ids), _KEYS_STEP), found.shape[1])
+        keys = padded[: len(ids)]
+        keys.copy_(torch.from_numpy(found))
+        if self._metric == "l2":
+            keys -= self._center
+        scratch.norms[: len(ids)] = _square_norms(keys)
+        return padded, scratch.norms[: len(padded)]
+
+    def _scratch(self) -> "_Scratch":
+        if not hasattr(self._of_thread, "scratch"):
+            dimension = self._keys.shape[1]
+            elements = max(_BLOCK, _KEYS_STEP * dimension, _QUERIES_STEP * _MAX_KEYS_OF_BLOCK)
+            self._of_thread.scratch = _Scratch(
+                np.empty((self._keys_of_block, dimension), self._keys.dtype),
+                torch.zeros(_padded(self._keys_of_block, _KEYS_STEP)),
+                *(torch.zeros(elements) for _ in range(3)),
+            )
+        return self._of_thread.scratch
+
+
+def slices(count: int) -> Iterator[slice]:
+    """Cut *count* queries into slices of ``ROWS`` or fewer."""
+    return (slice(start, min(start + ROWS, count)) for start in range(0, count, ROWS))
+
+
+@contextlib.contextmanager
+def one_thread_each():
+    """As many threads as torch has, and one for each product: a pool that does many at a time."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with ThreadPoolExecutor(threads) as pool:
+            yield pool
+    finally:
+        torch.set_num_threads(threads)
+
+
+@contextlib.contextmanager
+def _rounded_products():
+    """Let products of float32 matrices be rounded to bfloat16 where the CPU is faster with it."""
+    precision = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(precision)
+
+
+class _Scratch(NamedTuple):
+    """Memory that a thread uses again and again.
+
+    found (ndarray): keys as they are stored.
+    norms (Tensor): float32, of keys.
+    keys, queries, rough (Tensor): float32, shape (elements,).
+    """
+
+    found: np.ndarray
+    norms: torch.Tensor
+    keys: torch.Tensor
+    queries: torch.Tensor
+    rough: torch.Tensor
+
+
+def _padded(count: int, step: int) -> int:
+    return -(-count // step) * step
+
+
+def _fitting(width: int, step: int, limit: int) -> int:
+    """Rows of a block, a multiple of *step*, of *width* elements each; at least one *step*."""
+    return _padded(max(1, min(_BLOCK // width - step + 1, limit)), step)
+
+
+def _head(buffer: torch.Tensor, *shape: int) -> torch.Tensor:
+    return buffer[: math.prod(shape)].view(shape)
+
+
+def _square_norms(vectors: torch.Tensor) -> torch.Tensor:
+    rows = vectors.numpy()
+    return torch.from_numpy(np.einsum("nd,nd->n", rows, rows))
+
+
+class _Block(NamedTuple):
+    """Some queries, some keys of a list that they probe, and about how far apart they are.
+
+    number (int): of the list.
+    rows, slots (ndarray): shape (n,), queries, and the place of the list among their probes.
+    first (int): place of the first of the keys in their list.
+    ids (ndarray): shape (m,), the keys.
+    queries, keys (Tensor): at least n or m rows, D columns, float32.
+    reach (float): the largest norm of the keys.
+    rough (Tensor): shape (n, m), float32, rounded distances, less what a query's are all less by.
+    """
+
+    number: int
+    rows: np.ndarray
+    slots: np.ndarray
+    first: int
+    ids: np.ndarray
+    queries: torch.Tensor
+    keys: torch.Tensor
+    reach: float
+    rough: torch.Tensor
+
+
+class _Groups:
+    """The queries of each list.
+
+    Attributes:
+        lists (list of int): those that any query probes.
+    """
+
+    def __init__(self, probes: np.ndarray, nlist: int):
+        flat = probes.ravel()
+        # numpy sorts short integers by their digits
+        order = flat.astype(np.int16 if nlist < 1 << 15 else np.int64).argsort(kind="stable")
+        counts = np.bincount(flat[flat >= 0], minlength=nlist)
+        self._ends = (len(flat) - counts.sum()) + counts.cumsum()  # those of -1 stand in front
+        self._starts = self._ends - counts
+        self._rows, self._slots = np.divmod(order, probes.shape[1])
+        self.lists = np.flatnonzero(counts).tolist()
+
+    def of(self, number: int) -> tuple[np.ndarray, np.ndarray]:
+        """The queries that probe a list, and at which place of their probes."""
+        part = slice(self._starts[number], self._ends[number])
+        return self._rows[part], self._slots[part]
+
+
+class _Nearest:
+    """Collects, for each query, at least its k nearest of what is added, from several threads.
+
+    A distance and an id are one integer that sorts by distance, then by id.
+
+    Args:
+        k (int): neighbours.
+        limits (ndarray): shape (N,), float32, rough distances that keys are kept up to.
+        offsets (ndarray): shape (N,), float32, what rough distances are less by than exact ones.
+        slack (ndarray): shape (N,), float32, the error of a rough distance to a key of norm 1.
+        kept (ndarray): shape (N, at least k), uint64, room for them.
+    """
+
+    def __init__(self, k: int, limits, offsets, slack, kept: np.ndarray):
+        self._k = k
+        self._limits = limits
+        self._offsets = offsets
+        self._slack = slack
+        self._kept = kept
+        self._counts = np.zeros(len(limits), dtype=np.int64)
+        self._lock = threading.Lock()
+
+    def add(self, block: _Block, pair_distances: Callable) -> None:
+        """Keep those pairs of a block that are near."""
+        limits = self._limits[block.rows] + self._slack[block.rows] * block.reach
+        near = torch.le(block.rough, torch.from_numpy(limits)[:, None])
+        places = np.flatnonzero(near.numpy())
+        width = len(block.ids)
+        bounds = places.searchsorted(np.arange(len(block.rows) + 1) * width)
+        rows = np.repeat(np.arange(len(block.rows)), np.diff(bounds))
+        columns = places - rows * width
+        distances = pair_distances(block.queries.numpy(), rows, block.keys.numpy(), columns)
+        packed = _pack(distances, block.ids.take(columns))
+        with self._lock:
+            self._place(block.rows, bounds, packed)
+
+    def _place(self, queries, bounds, packed) -> None:
+        """Append to what a query has its part of *packed*, from one of *bounds* to the next."""
+        counts = np.diff(bounds)
+        starts = self._counts[queries]
+        full = starts + counts > self._kept.shape[1]
+        for row in np.flatnonzero(full):
+            self._merge(queries[row], packed[bounds[row] : bounds[row + 1]])
+        if full.any():
+            packed = packed[np.repeat(~full, counts)]
+            queries, starts, counts = queries[~full], starts[~full], counts[~full]
+        first = counts.cumsum() - counts
+        places = np.repeat(queries * self._kept.shape[1] + starts - first, counts)
+        places += np.arange(len(packed))
+        self._kept.reshape(-1)[places] = packed
+        self._counts[queries] = starts + counts
+
+    def _merge(self, query: int, packed: np.ndarray) -> None:
+        """Keep the k nearest alone of what a query has and gets, and none farther from now on."""
+        packed = np.concatenate([self._kept[query, : self._counts[query]], packed])
+        packed.partition(self._k - 1)
+        self._kept[query, : self._k] = packed[: self._k]
+        self._counts[query] = self._k
+        farthest = _unpack(packed[self._k - 1 : self._k])[0][0] - self._offsets[query]
+        self._limits[query] = min(self._limits[query], farthest)
+
+    def sort(self, pool) -> None:
+        """Bring what is kept of each query in order."""
+
+        def sort(rows):
+            counts = self._counts[rows]
+            kept = self._kept[rows, : max(self._k, counts.max())]
+            np.copyto(kept, _NONE, where=np.arange(kept.shape[1]) >= counts[:, None])
+            kept.sort(axis=1)
+
+        list(pool.map(sort, slices(len(self._kept))))
+
+    def incomplete(self) -> np.ndarray:
+        """Queries that had a limit and of which the k-th nearest is not below it."""
+        farthest = _unpack(self._kept[:, self._k - 1])[0] - self._offsets
+        return np.flatnonzero((farthest > self._limits) & (self._limits < np.inf))
+
+    def replace(self, queries: np.ndarray, other: "_Nearest") -> None:
+        """Take what *other* found for some of the queries."""
+        self._kept[queries, : self._k] = other._kept[:, : self._k]
+
+    def of(self, queries: slice) -> tuple[np.ndarray, np.ndarray]:
+        """Distances and ids of the k nearest of some queries, once they are in order."""
+        return _unpack(self._kept[queries, : self._k])
+
+
+def nearest_first(distances: np.ndarray, ids: np.ndarray, k: int):
+    """The k nearest of some candidates, nearest first; of equal distances the lower id first.
+
+    Args:
+        distances (ndarray): shape (n, m), float32.
+        ids (ndarray): shape (n, m), int64, -1 where there is none.
+
+    Returns:
+        tuple: distances and ids, each of shape (n, k).
+    """
+    packed = _pack(distances, ids)
+    packed[ids < 0] = _NONE
+    packed.sort(axis=1)
+    return _unpack(packed[:, :k])
+
+
+def _sampled_rank(k: int) -> int:
+    """Rank in the sample of a key that is very probably not among the k nearest of all."""
+    expected = k / _SAMPLE
+    return math.ceil(expected + _SIGMAS * math.sqrt(expected)) + 2
+
+
+def _room(k: int) -> int:
+    """How many keys a query may keep before it must drop some."""
+    rank = _sampled_rank(k)
+    return _SAMPLE * math.ceil(rank + 3 * math.sqrt(rank))
+
+
+def _pack(distances: np.ndarray, ids: np.ndarray) -> np.ndarray:
+    bits = distances.view(np.int32)
+    # the bits of a float sort as it does once those of negative ones are reversed
+    ordered = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).view(np.uint32) ^ np.uint32(1 << 31)
+    return (ordered.astype(np.uint64) << np.uint64(32)) | ids.astype(np.uint64)
+
+
+def _unpack(packed: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    bits = ((packed >> np.uint64(32)).astype(np.uint32) ^ np.uint32(1 << 31)).view(np.int32)
+    distances = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).view(np.float32)
+    ids = (packed & np.uint64(MAX_KEYS - 1)).astype(np.int64)
+    none = packed == _NONE
+    distances[none], ids[none] = np.inf, -1
+    return distances, ids
