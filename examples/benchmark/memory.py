@@ -10,7 +10,6 @@ which is held in memory while it is built. All other flags are handed to fairseq
 
 import argparse
 import os
-import shutil
 import subprocess
 import sys
 import sysconfig
@@ -19,20 +18,7 @@ import time
 from pathlib import Path
 
 import numpy as np
-from fairseq.data import indexed_dataset
-
-
-def write_part(data, share, destination):
-    """Make a data directory whose train split is the first *share* of that of *data*."""
-    destination.mkdir()
-    shutil.copy(data / "dict.txt", destination)
-    whole = indexed_dataset.make_dataset(str(data / "train"), impl="mmap")
-    builder = indexed_dataset.MMapIndexedDatasetBuilder(
-        str(destination / "train.bin"), dtype=whole._index.dtype
-    )
-    for number in range(int(len(whole) * share)):
-        builder.add_item(whole[number])
-    builder.finalize(str(destination / "train.idx"))
+from parts import write_part
 
 
 def measure(data, datastore, flags):
@@ -54,7 +40,7 @@ def main():
     with tempfile.TemporaryDirectory() as folder:
         for share in (0.25, 1.0):
             data, datastore = Path(folder) / f"data-{share}", Path(folder) / f"datastore-{share}"
-            write_part(args.data, share, data)
+            write_part(args.data, data, share=share)
             seconds, peak = measure(data, datastore, flags)
             index = (datastore / "index.faiss").stat().st_size
             entries = len(np.load(datastore / "values.npy", mmap_mode="r"))

@@ -1,0 +1,86 @@
+"""A model and a text, loaded as ``fairseq-eval-lm --task knnlm_lm`` loads them."""
+
+import itertools
+import time
+
+import torch
+from fairseq import options
+from fairseq.dataclass.utils import convert_namespace_to_omegaconf
+from processes import QUIET
+from quality import Queries
+
+from fairseq_knnlm.cli import common
+from fairseq_knnlm.context import plan_chunks
+from fairseq_knnlm.fingerprint import dictionary_fingerprint, weights_fingerprint
+from fairseq_knnlm.scorer import encode
+
+
+class Evaluation:
+    """A model and a split of a data directory, as ``fairseq-eval-lm --task knnlm_lm`` loads them.
+
+    Args:
+        data (Path): made by fairseq-preprocess.
+        split (str): the split.
+        flags (list of str): of ``fairseq-eval-lm``.
+    """
+
+    def __init__(self, data, split, flags):
+        words = [str(word) for word in (data, *flags, "--gen-subset", split, *QUIET)]
+        parser = common.make_parser("", gen_subset=split)
+        self.cfg = convert_namespace_to_omegaconf(
+            options.parse_args_and_arch(parser, input_args=words)
+        )
+        self.task, self.model = common.load_task_and_model(self.cfg)
+        self.device = next(self.model.parameters()).device
+        self._dataset = common.load_split(self.task, self.cfg, split)
+
+    def samples(self):
+        """The samples that are scored, with the retriever that the task has now."""
+        samples = self.task.evaluation_samples(
+            self._dataset,
+            max_tokens=common.max_tokens(self.cfg),
+            batch_size=self.cfg.dataset.batch_size,
+            max_positions=common.max_positions(self.model),
+            num_workers=0,  # loading is not measured
+            context_window=self.cfg.eval_lm.context_window,
+        )
+        return [common.to_device(sample, self.device) for sample in samples]
+
+    def batches(self, tokens):
+        """The first samples of about ``--max-tokens`` each, *tokens* or a little more in all."""
+        blocks = self.task.blocks(self._dataset, self.cfg.eval_lm.context_window)
+        max_tokens = common.max_tokens(self.cfg)
+        chunks = plan_chunks(blocks.sizes, max_tokens)
+        ends = itertools.accumulate(int(blocks.sizes[c.start : c.stop].sum()) for c in chunks)
+        count = 1 + sum(end < tokens for end in ends)
+        samples = self.task.chunk_iterator(
+            blocks, chunks[:count], max_tokens, self.cfg.dataset.batch_size
+        )
+        return [common.to_device(sample, self.device) for sample in samples]
+
+    def queries(self, retriever, count):
+        """The first *count* tokens as ``Queries``, and seconds of their forward pass a token."""
+        self.task.retriever = None
+        samples = self.samples()
+        with retriever.extractor(self.model) as extractor:
+            for sample in self.batches(1):  # warms up
+                encode(self.model, sample, extractor)
+            start = self.clock()
+            encoded = [encode(self.model, sample, extractor) for sample in samples]
+            seconds = self.clock() - start
+        targets = torch.cat([sample["target"] for sample in samples])
+        keys, log_p_lm = (
+            torch.cat([getattr(part, name) for part in encoded]) for name in ("keys", "log_p_lm")
+        )
+        return Queries(keys, targets, log_p_lm).first(count), seconds / len(targets)
+
+    def refuse_other(self, retriever):
+        """Refuse a datastore of another model or dictionary, as the task does."""
+        retriever.check_dictionary(dictionary_fingerprint(self.task.target_dictionary))
+        retriever.check_model(self.model, weights_fingerprint(self.model))
+
+    def clock(self):
+        """Seconds, once the device has done what it was given."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()
