@@ -4,10 +4,11 @@ fairseq derives the command-line flags from the fields, and reads their types: n
 annotations here.
 """
 
+import contextlib
 import math
 import os
 from dataclasses import dataclass, field
-from typing import Optional
+from typing import NamedTuple, Optional, Union
 
 from fairseq.dataclass import ChoiceEnum
 from fairseq.tasks.language_modeling import LanguageModelingConfig
@@ -18,6 +19,12 @@ from .key_extractor import KEY_TYPES
 
 DEFAULT_KEY = "ffn-input"
 DEFAULT_METRIC = "l2"
+DEFAULT_K = 1024
+DEFAULT_LAMBDA = 0.25
+DEFAULT_TEMPERATURE = 1.0
+DEFAULT_NPROBE = 32
+DEFAULT_DISTANCES = "exact"
+AUTO = "auto"
 
 
 @dataclass
@@ -31,19 +38,37 @@ class KNNLMConfig(LanguageModelingConfig):
             "(default: none, plain language model scores)"
         },
     )
-    knn_k: int = field(default=1024, metadata={"help": "neighbours per query, >= 1"})
-    knn_lambda: float = field(
-        default=0.25, metadata={"help": "weight of p_knn in the mixture, in [0, 1]"}
+    knn_k: Optional[int] = field(
+        default=None, metadata={"help": f"neighbours per query, >= 1 (default: {DEFAULT_K})"}
     )
-    knn_temperature: float = field(
-        default=1.0, metadata={"help": "T > 0, divides the distances; worth tuning"}
+    knn_lambda: Optional[float] = field(
+        default=None,
+        metadata={"help": f"weight of p_knn in the mixture, in [0, 1] (default: {DEFAULT_LAMBDA})"},
     )
-    knn_nprobe: int = field(default=32, metadata={"help": "inverted lists visited per query, >= 1"})
-    knn_distances: ChoiceEnum(["exact", "index"]) = field(
-        default="exact",
+    knn_temperature: Optional[str] = field(
+        default=None,
+        metadata={
+            "help": "T > 0, divides the distances, worth tuning; 'auto': the value that "
+            "fairseq-knnlm-build took from the distances between keys, of the first datastore "
+            f"(default: {DEFAULT_TEMPERATURE})"
+        },
+    )
+    knn_nprobe: Optional[int] = field(
+        default=None,
+        metadata={"help": f"inverted lists visited per query, >= 1 (default: {DEFAULT_NPROBE})"},
+    )
+    knn_distances: Optional[ChoiceEnum(["exact", "index"])] = field(
+        default=None,
         metadata={
             "help": "'exact': distances from the stored keys; 'index': as the (quantised) index "
-            "returns them"
+            f"returns them (default: {DEFAULT_DISTANCES})"
+        },
+    )
+    knn_tuned: bool = field(
+        default=False,
+        metadata={
+            "help": "take k, lambda, temperature, nprobe and distances from what "
+            "fairseq-knnlm-tune chose and stored in the datastore"
         },
     )
     knn_device: ChoiceEnum(["auto", "cpu", "cuda"]) = field(
@@ -100,13 +125,18 @@ def check_settings(cfg) -> None:
             f"an ensemble of models is not supported: --path names {len(checkpoints)} checkpoints, "
             "a datastore belongs to one"
         )
-    require(cfg.knn_k >= 1, "--knn-k", ">= 1", cfg.knn_k)
-    require(0.0 <= cfg.knn_lambda <= 1.0, "--knn-lambda", "in [0, 1]", cfg.knn_lambda)
+    given = given_settings(cfg)
+    k, knn_lambda, nprobe = (given.get(name) for name in ("k", "knn_lambda", "nprobe"))
+    require(k is None or k >= 1, "--knn-k", ">= 1", k)
+    require(knn_lambda is None or 0.0 <= knn_lambda <= 1.0, "--knn-lambda", "in [0, 1]", knn_lambda)
+    temperature = given.get("temperature", DEFAULT_TEMPERATURE)
     require(
-        0.0 < cfg.knn_temperature < math.inf,
-        "--knn-temperature", "a finite number > 0", cfg.knn_temperature,
+        temperature == AUTO or isinstance(temperature, float) and 0.0 < temperature < math.inf,
+        "--knn-temperature", f"a finite number > 0, or {AUTO}", cfg.knn_temperature,
     )  # fmt: skip
-    require(cfg.knn_nprobe >= 1, "--knn-nprobe", ">= 1", cfg.knn_nprobe)
+    require(nprobe is None or nprobe >= 1, "--knn-nprobe", ">= 1", nprobe)
+    if cfg.knn_tuned and not datastore_paths(cfg):
+        faults.append("--knn-tuned needs the --knn-datastore that was tuned")
     if faults:
         raise UserError("fairseq_knnlm: " + "; ".join(faults))
 
@@ -114,3 +144,48 @@ def check_settings(cfg) -> None:
 def datastore_paths(cfg) -> list[str]:
     """The directories named by ``--knn-datastore``."""
     return [path for path in (cfg.knn_datastore or "").split(":") if path]
+
+
+class Settings(NamedTuple):
+    """What is searched with, and how the neighbours are mixed in.
+
+    temperature (float): or ``AUTO``, until the datastore has said what that is.
+    """
+
+    k: int = DEFAULT_K
+    knn_lambda: float = DEFAULT_LAMBDA
+    temperature: Union[float, str] = DEFAULT_TEMPERATURE
+    nprobe: int = DEFAULT_NPROBE
+    distances: str = DEFAULT_DISTANCES
+
+
+def given_settings(cfg) -> dict:
+    """The ``Settings`` that the command line gives; a temperature that is no number as text."""
+    given = {
+        "k": cfg.knn_k,
+        "knn_lambda": cfg.knn_lambda,
+        "temperature": cfg.knn_temperature,
+        "nprobe": cfg.knn_nprobe,
+        "distances": None if cfg.knn_distances is None else str(cfg.knn_distances),
+    }
+    if given["temperature"] is not None:
+        with contextlib.suppress(ValueError):
+            given["temperature"] = float(given["temperature"])
+    return {name: value for name, value in given.items() if value is not None}
+
+
+def refuse_other_than_tuned(cfg, tuned: dict) -> None:
+    """Refuse flags that say something else than what was tuned.
+
+    Raises:
+        UserError: naming all of them.
+    """
+    faults = [
+        f"--knn-{name.replace('knn_', '')} is {value}, {tuned[name]} was tuned"
+        for name, value in given_settings(cfg).items()
+        if value != tuned[name]
+    ]
+    if faults:
+        raise UserError(
+            f"fairseq_knnlm: --knn-tuned: {'; '.join(faults)}: drop these flags, or --knn-tuned"
+        )

@@ -6,7 +6,8 @@ A datastore is a directory that explains itself:
 - ``keys.npy``, float16, shape (N, D), and ``values.npy``, the smallest unsigned integer that
   holds the vocabulary, shape (N,), both in corpus order: the context of row i is the values
   before it;
-- ``index.faiss``, the search structure over the keys.
+- ``index.faiss``, the search structure over the keys;
+- ``tuned.json``, only where ``fairseq-knnlm-tune`` has run: the setting that it chose.
 """
 
 import contextlib
@@ -23,6 +24,7 @@ from .errors import UserError
 FORMAT_VERSION = 1
 MANIFEST, SETTINGS = "manifest.json", "building.json"
 KEYS, VALUES, INDEX = "keys.npy", "values.npy", "index.faiss"
+TUNED = "tuned.json"
 SEGMENT_BYTES = 1 << 24
 
 
@@ -44,19 +46,26 @@ def render(manifest: dict) -> bytes:
     return json.dumps(rest, indent=1, sort_keys=True).encode() + b"\n"
 
 
-def write_atomically(path: str, data: bytes) -> None:
-    """Write a file that is either whole or not there, also after a power cut."""
+@contextlib.contextmanager
+def atomic_file(path: str):
+    """A file to write that takes its name when it is whole, also after a power cut."""
     temporary = f"{path}.tmp"
     try:
         with open(temporary, "wb") as file:
-            file.write(data)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except OSError:
+    except BaseException:
         with contextlib.suppress(OSError):
             os.remove(temporary)
         raise
+
+
+def write_atomically(path: str, data: bytes) -> None:
+    """Write a file that is either whole or not there, also after a power cut."""
+    with atomic_file(path) as file:
+        file.write(data)
 
 
 def npy_header(shape: tuple[int, ...], dtype: np.dtype) -> bytes:

@@ -23,6 +23,7 @@ from .datastore import (
     KEYS,
     MANIFEST,
     SETTINGS,
+    TUNED,
     VALUES,
     checksum,
     file_checksums,
@@ -186,7 +187,7 @@ class DatastoreWriter:
             if other and other[1] != self._shard:
                 with self._lock_of_shard(other[1]):
                     pass  # nobody works on it
-        for name in (MANIFEST, SETTINGS, KEYS, VALUES, INDEX):
+        for name in (MANIFEST, SETTINGS, TUNED, KEYS, VALUES, INDEX):
             with contextlib.suppress(FileNotFoundError):
                 os.remove(self._in(name))
         shutil.rmtree(self.work_path, ignore_errors=True)
@@ -347,16 +348,17 @@ class DatastoreWriter:
         chunks = len(self._ends) - len(self._written())
         return f"{chunks} chunks, {waiting} shards not begun" if chunks or waiting else ""
 
-    def finish(self, index: dict) -> None:
+    def finish(self, index: dict, **more) -> None:
         """Write the manifest, the last file of a datastore, and remove the traces of the build.
 
         Args:
             index (dict): description of the index in ``index.faiss``, for the manifest.
+            more: what else the manifest is to say (JSON).
         """
         with self._disk_errors_explained():
-            self._finish(index)
+            self._finish(index, more)
 
-    def _finish(self, index: dict) -> None:
+    def _finish(self, index: dict, more: dict) -> None:
         written = self._written()
         in_order = [written[chunk] for chunk in range(len(self._ends))]
         files = {
@@ -369,6 +371,7 @@ class DatastoreWriter:
         }
         manifest = {
             **self.settings,
+            **more,
             "format_version": FORMAT_VERSION,
             "count": self.count,
             "dimension": self._plan["dimension"],
@@ -396,6 +399,10 @@ class DatastoreWriter:
     def keys(self) -> np.ndarray:
         """The keys as they are on the disk, shape (N, D), float16, memory-mapped."""
         return np.load(self._in(KEYS), mmap_mode="r")
+
+    def values(self) -> np.ndarray:
+        """The values as they are on the disk, shape (N,), memory-mapped."""
+        return np.load(self._in(VALUES), mmap_mode="r")
 
     def _written(self) -> dict[int, _Written]:
         """What the journals of all shards say, by chunk."""

@@ -1,5 +1,7 @@
 """What a language model and a retrieval are measured by."""
 
+import math
+
 import numpy as np
 
 
@@ -28,3 +30,12 @@ def recall_at_k(found_ids, exact_ids) -> float:
     """
     hits = sum(len(np.intersect1d(found, exact)) for found, exact in zip(found_ids, exact_ids))
     return hits / np.size(exact_ids)
+
+
+def without_infinities(value):
+    """JSON has no infinity: null in its place, anywhere in dictionaries and lists."""
+    if isinstance(value, dict):
+        return {name: without_infinities(part) for name, part in value.items()}
+    if isinstance(value, list):
+        return [without_infinities(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -18,24 +18,33 @@ from fairseq.tasks import register_task
 from fairseq.tasks.language_modeling import LanguageModelingTask
 
 from .checkpoints import allow_plain_data
-from .config import KNNLMConfig, check_settings, datastore_paths
-from .context import BlockDataset, ChunkCollater, plan_chunks, refuse_oversized, shard
+from .config import (
+    AUTO,
+    KNNLMConfig,
+    Settings,
+    check_settings,
+    datastore_paths,
+    given_settings,
+    refuse_other_than_tuned,
+)
+from .context import BlockDataset, ChunkCollater, refuse_oversized, shard, split_evenly
 from .errors import UserError
 from .eval_lm import use_scorer
 from .fingerprint import dictionary_fingerprint, weights_fingerprint
 from .scorer import KNNScorer
+from .tuned import SETTINGS, tuned_for
 
 logger = logging.getLogger(__name__)
 
 # the import of --user-dir is early enough: before any checkpoint is read
 allow_plain_data()
 
-# Target tokens of a chunk: enough that one search over it is worth its fixed costs, ...
-CHUNK_TOKENS = 1 << 15
+# Target tokens of a chunk: as many as can be, since a search over it reads all keys once, ...
+CHUNK_TOKENS = 1 << 16
 # ... and few enough that the neighbours of all of them fit in this many bytes.
 NEIGHBORS_BYTES = 1 << 30
-# distance, id and value, of 1.5 candidates for each, and the copies on the way
-_BYTES_PER_NEIGHBOR = 64
+# of two to three keys and distances for each, from which the nearest are taken
+_BYTES_PER_NEIGHBOR = 24
 
 
 @register_task("knnlm_lm", dataclass=KNNLMConfig)
@@ -43,11 +52,16 @@ class KNNLMTask(LanguageModelingTask):
     """Language modelling whose evaluation mixes in the nearest neighbours of a datastore.
 
     Without ``--knn-datastore`` it trains and evaluates as ``language_modeling`` does.
+
+    Attributes:
+        retriever (Retriever): searches the datastores; None without any.
+        settings (Settings): of the search and the mixture: as given, else as tuned, else defaults.
     """
 
     def __init__(self, args, dictionary, output_dictionary=None, targets=None):
         super().__init__(args, dictionary, output_dictionary, targets)
         self.retriever = None
+        self.settings = Settings(**given_settings(args))
 
     @classmethod
     def setup_task(cls, args, **kwargs):
@@ -59,11 +73,15 @@ class KNNLMTask(LanguageModelingTask):
             # imported here because training needs no FAISS
             from .retriever import Retriever
 
+            if args.knn_tuned:
+                tuned = tuned_for(paths)
+                refuse_other_than_tuned(args, tuned)
+                task.settings = Settings(**{name: tuned[name] for name in SETTINGS})
             task.retriever = Retriever.open(
                 paths,
-                k=args.knn_k,
-                nprobe=args.knn_nprobe,
-                distances=str(args.knn_distances),
+                k=task.settings.k,
+                nprobe=task.settings.nprobe,
+                distances=task.settings.distances,
                 device=str(args.knn_device),
                 expected={
                     "--knn-key": args.knn_key,
@@ -73,6 +91,9 @@ class KNNLMTask(LanguageModelingTask):
                 },
             )
             task.retriever.check_dictionary(dictionary_fingerprint(task.target_dictionary))
+            if task.settings.temperature == AUTO:
+                temperature = starting_temperature(task.retriever.datastores[0])
+                task.settings = task.settings._replace(temperature=temperature)
         return task
 
     # -- models --------------------------------------------------------------------------------
@@ -123,21 +144,29 @@ class KNNLMTask(LanguageModelingTask):
                 "fairseq_knnlm: scoring needs next-token targets; drop --self-target, "
                 "--past-target and --future-target"
             )
-        document_starts = None
-        if str(self.args.sample_break_mode) == "complete_doc":
-            slices = dataset.dataset.slice_indices
-            # separators between documents belong to no block
-            document_starts = np.ones(len(slices), dtype=bool)
-            document_starts[1:] = slices[1:, 0] != slices[:-1, 1]
         return BlockDataset(
             dataset,
             dataset.sizes,
             pad=self.source_dictionary.pad(),
             context_window=context_window,
             max_length=self.args.tokens_per_sample + context_window,
-            document_starts=document_starts,
+            document_starts=self.document_starts(dataset),
             bos=self.args.add_bos_token,
         )
+
+    def document_starts(self, dataset):
+        """Which blocks of a loaded split begin a document, where blocks keep to documents.
+
+        Returns:
+            ndarray: shape (M,), bool; None in the other break modes.
+        """
+        if str(self.args.sample_break_mode) != "complete_doc":
+            return None
+        slices = dataset.dataset.slice_indices
+        # separators between documents belong to no block
+        starts = np.ones(len(slices), dtype=bool)
+        starts[1:] = slices[1:, 0] != slices[:-1, 1]
+        return starts
 
     def chunk_iterator(
         self, blocks, chunks, max_tokens, batch_size, num_workers=0, data_buffer_size=0
@@ -182,9 +211,9 @@ class KNNLMTask(LanguageModelingTask):
         """
         blocks = self.blocks(dataset, context_window)
         refuse_oversized(blocks, max_positions or max_tokens, max_tokens)
-        # every shard gets its share, also of a short text
-        share = -(-int(blocks.sizes.sum()) // num_shards)
-        chunks = plan_chunks(blocks.sizes, min(self._chunk_tokens(), share))
+        # every shard gets its share, also of a short text, and none a small rest
+        per_shard = -(-int(blocks.sizes.sum()) // (num_shards * self._chunk_tokens()))
+        chunks = split_evenly(blocks.sizes, num_shards * max(1, per_shard))
         chunks = shard(chunks, num_shards, shard_id)
         return self.chunk_iterator(
             blocks, chunks, max_tokens, batch_size, num_workers, data_buffer_size
@@ -201,11 +230,26 @@ class KNNLMTask(LanguageModelingTask):
         return KNNScorer(
             softmax_batch=softmax_batch,
             # lambda = 0 needs no neighbours, only the check that they are this model's
-            retriever=self.retriever if self.args.knn_lambda > 0 else None,
-            knn_lambda=self.args.knn_lambda,
-            temperature=self.args.knn_temperature,
+            retriever=self.retriever if self.settings.knn_lambda > 0 else None,
+            knn_lambda=self.settings.knn_lambda,
+            temperature=self.settings.temperature,
             bos=self.target_dictionary.bos() if self.args.add_bos_token else None,
         )
+
+
+def starting_temperature(datastore) -> float:
+    """What ``--knn-temperature auto`` stands for.
+
+    Raises:
+        UserError: if the datastore was built by a release that recorded none.
+    """
+    recorded = datastore.manifest.get("temperature")
+    if recorded is None:
+        raise UserError(
+            f"fairseq_knnlm: --knn-temperature auto: the datastore {datastore.path} records no "
+            "temperature: build it again with this release, or give a number"
+        )
+    return recorded["value"]
 
 
 @contextlib.contextmanager

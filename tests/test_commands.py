@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import random
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -52,11 +53,8 @@ def test_build_evaluate_tune_and_info(data, checkpoints, tmp_path):
     assert report["split"] == "test"
     assert results["best"]["perplexity"] < results["tuned_on"]["base_perplexity"]
 
-    suggested = re.search(r"evaluate with: (.*)", tuned).group(1).split()
-    evaluated = run(
-        command("fairseq-eval-lm"), *flags, "--user-dir", USER_DIR, "--task", "knnlm_lm",
-        "--gen-subset", "test", *suggested,
-    ).stdout  # fmt: skip
+    words = shlex.split(re.search(r"evaluate with: (.*)", tuned).group(1))
+    evaluated = run(command(words[0]), *words[1:]).stdout
     perplexity = float(re.search(r"Perplexity: ([\d.]+)", evaluated).group(1))
     assert perplexity == pytest.approx(report["knn_perplexity"], rel=2e-3)
 

@@ -235,7 +235,7 @@ def test_faults_of_the_report_are_found_before_tuning(
 ):
     from fairseq_knnlm.cli import tune
 
-    monkeypatch.setattr(tune, "tune", lambda *args: pytest.fail("it was tuned"))
+    monkeypatch.setattr(tune, "sweep", lambda *args, **grid: pytest.fail("it was tuned"))
     with pytest.raises(UserError) as error:
         tune.main([str(word) for word in (
             data, "--path", checkpoints["plain"], "--knn-datastore", datastores["plain"],

@@ -3,19 +3,21 @@
 import logging
 import os
 import platform
+from concurrent.futures import ThreadPoolExecutor
 
 import fairseq
 import numpy as np
 import torch
 
 from .. import index as faiss_index
-from ..config import DEFAULT_KEY, DEFAULT_METRIC
+from ..config import DEFAULT_KEY, DEFAULT_METRIC, DEFAULT_NPROBE
 from ..context import plan_chunks, refuse_oversized, shard
 from ..datastore_writer import DatastoreWriter, refuse_finished, value_dtype
 from ..errors import UserError
 from ..fingerprint import dictionary_fingerprint, file_fingerprint, weights_fingerprint
 from ..key_extractor import KeyExtractor, resolve_layer
 from ..scorer import encode
+from ..temperature import find_temperature
 from ..version import __version__
 from . import common
 
@@ -65,7 +67,7 @@ def build(cfg, args):
         model.decoder, settings["key"]["type"], settings["key"]["layer"]
     ) as extractor:
         factory = cfg.task.knn_index or faiss_index.default_factory(sum(sizes), extractor.dimension)
-        faiss_index.refuse_untrainable(factory, sum(sizes), extractor.dimension, settings["metric"])
+        faiss_index.refuse_unbuildable(factory, sum(sizes), extractor.dimension, settings["metric"])
         with DatastoreWriter(
             directory,
             {**settings, "index": {"factory": factory}},
@@ -153,13 +155,9 @@ def _settings(cfg, task, model) -> dict:
             ),
         },
         "context": {
-            "tokens_per_sample": cfg.task.tokens_per_sample + cfg.eval_lm.context_window,
-            "context_window": cfg.eval_lm.context_window,
-            "sample_break_mode": str(cfg.task.sample_break_mode),
-            "add_bos_token": cfg.task.add_bos_token,
+            **common.context_settings(cfg),
             "max_tokens": common.max_tokens(cfg),
             "batch_size": cfg.dataset.batch_size,
-            "fp16": cfg.common.fp16,
         },
         "versions": {
             "fairseq_knnlm": __version__,
@@ -185,12 +183,26 @@ def _dump(cfg, task, model, extractor, blocks, chunks, writer) -> None:
     )
     progress = common.with_progress(cfg, samples, prefix="dump")
     entries = 0
-    for number, sample in zip(chunks, progress):
-        values = sample["target"].numpy().astype(writer.value_dtype)
-        encoded = encode(model, common.to_device(sample, device), extractor, log_probs=False)
-        writer.write(number, encoded.keys.to("cpu", torch.float16).numpy(), values)
-        entries += len(values)
-        progress.log({"entries": entries})
+    # one chunk is copied from the device and written while the model is at the next one
+    with ThreadPoolExecutor(1) as background:
+        writing = None
+        for number, sample in zip(chunks, progress):
+            encoded = encode(model, common.to_device(sample, device), extractor, log_probs=False)
+            if writing is not None:
+                writing.result()
+            writing = background.submit(_write, writer, number, encoded.keys, sample["target"])
+            entries += sample["ntokens"]
+            progress.log({"entries": entries}, tag="dump", step=number)
+        if writing is not None:
+            writing.result()
+
+
+def _write(writer, number: int, keys, values) -> None:
+    writer.write(
+        number,
+        keys.to("cpu", torch.float16).numpy(),
+        values.cpu().numpy().astype(writer.value_dtype),
+    )
 
 
 def _finish(writer, factory: str, metric: str, num_shards: int) -> None:
@@ -204,5 +216,9 @@ def _finish(writer, factory: str, metric: str, num_shards: int) -> None:
             description = faiss_index.build_index(
                 writer.keys(), factory, metric, writer.index_path, writer.work_path, logger.info
             )
-            writer.finish(description)
+            logger.info("looking for a temperature to start with")
+            temperature = find_temperature(
+                writer.index_path, metric, writer.keys(), writer.values(), DEFAULT_NPROBE
+            )
+            writer.finish(description, temperature=temperature)
             logger.info(f"datastore {writer.path} is complete: {writer.count:,} entries")

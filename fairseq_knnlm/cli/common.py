@@ -58,6 +58,20 @@ def require_datastore(cfg) -> list[str]:
     return paths
 
 
+def refuse_unwritable(flag: str, path: str) -> None:
+    """Refuse, before any work, a file that could not be written after it.
+
+    Raises:
+        UserError: naming the flag.
+    """
+    directory = os.path.dirname(path) or "."
+    if not path or os.path.isdir(path) or not os.access(directory, os.W_OK | os.X_OK):
+        raise UserError(
+            f"fairseq_knnlm: {flag} {path} cannot be written: it must name a file in a directory "
+            "that is there and writable"
+        )
+
+
 def load_task_and_model(cfg):
     """Task and model as ``fairseq-eval-lm`` sets them up.
 
@@ -117,13 +131,29 @@ def max_positions(model) -> int:
     return utils.resolve_max_positions(model.max_positions())
 
 
+def context_settings(cfg) -> dict:
+    """How the text is cut into blocks and fed, as it is asked for on the command line."""
+    return {
+        "tokens_per_sample": cfg.task.tokens_per_sample + cfg.eval_lm.context_window,
+        "context_window": cfg.eval_lm.context_window,
+        "sample_break_mode": str(cfg.task.sample_break_mode),
+        "add_bos_token": cfg.task.add_bos_token,
+        "fp16": cfg.common.fp16,
+    }
+
+
 def with_progress(cfg, iterator, prefix: str):
-    """fairseq's progress bar in the form that ``--log-format`` asks for."""
+    """fairseq's progress bar in the form that ``--log-format`` asks for, and its TensorBoard.
+
+    What is logged needs a step: TensorBoard has no other.
+    """
+    master = distributed_utils.is_master(cfg.distributed_training)
     return progress_bar.progress_bar(
         iterator,
         log_format=cfg.common.log_format,
         log_interval=cfg.common.log_interval,
         prefix=prefix,
+        tensorboard_logdir=cfg.common.tensorboard_logdir if master else None,
         default_log_format="simple" if cfg.common.no_progress_bar else "tqdm",
     )
 
@@ -138,6 +168,7 @@ def load_split(task, cfg, split: str):
         task.load_dataset(split)
     except FileNotFoundError:
         raise UserError(
-            f"fairseq_knnlm: {cfg.task.data} has no split {split!r} (--gen-subset)"
+            f"fairseq_knnlm: {cfg.task.data} has no split {split!r}: see --gen-subset and, of "
+            "fairseq-knnlm-tune, --report-subset"
         ) from None
     return task.dataset(split)

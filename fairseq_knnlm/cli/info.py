@@ -5,6 +5,7 @@ import sys
 
 from ..datastore import Datastore
 from ..errors import UserError
+from ..tuned import read_tuned
 
 
 def make_parser():
@@ -48,9 +49,25 @@ def describe(datastore: Datastore):
         f"{context['tokens_per_sample'] - context['context_window']} tokens with "
         f"{context['context_window']} of context, break mode {context['sample_break_mode']}"
     )
+    if "temperature" in manifest:
+        yield f"temperature  {manifest['temperature']['value']:g} to start with"
+    tuned = read_tuned(datastore.path)
+    if tuned is not None:
+        yield _describe_tuned(tuned, manifest)
     yield f"dictionary   {manifest['dictionary']['types']:,} types"
     yield (
         f"model        {manifest['model']['parameters']:,} parameters, sha256 "
         f"{manifest['model']['sha256'][:12]}"
     )
     yield "versions     " + ", ".join(f"{k} {v}" for k, v in manifest["versions"].items())
+
+
+def _describe_tuned(tuned: dict, manifest: dict) -> str:
+    if manifest["checksum"] not in tuned["datastores"]:
+        return "tuned        no: what is stored was tuned before the datastore was built again"
+    others = len(tuned["datastores"]) - 1
+    return (
+        f"tuned        k {tuned['k']}, lambda {tuned['knn_lambda']:g}, temperature "
+        f"{tuned['temperature']:g}, nprobe {tuned['nprobe']}, {tuned['distances']} distances, on "
+        f"{tuned['tuned_on']['split']}" + (f", with {others} other datastores" if others else "")
+    )
