@@ -46,6 +46,7 @@ setup(
         "console_scripts": [
             "fairseq-knnlm-build = fairseq_knnlm.cli.build:main",
             "fairseq-knnlm-tune = fairseq_knnlm.cli.tune:main",
+            "fairseq-knnlm-inspect = fairseq_knnlm.cli.inspect:main",
             "fairseq-knnlm-info = fairseq_knnlm.cli.info:main",
         ],
     },

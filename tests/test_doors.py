@@ -9,13 +9,13 @@ PACKAGE = Path(__file__).resolve().parent.parent / "fairseq_knnlm"
 
 # A room imports only from the floors below its own.
 FLOORS = [
-    ["errors", "version"],
-    ["checkpoints", "fingerprint", "interpolation", "metrics"],
-    ["cache", "context", "datastore", "index", "key_extractor"],
-    ["datastore_writer", "retriever", "sweep"],
-    ["scorer", "generator", "report"],
-    ["config", "eval_lm"],
-    ["task"],
+    ["errors", "html_page", "version"],
+    ["bootstrap", "checkpoints", "fingerprint", "interpolation", "list_search", "metrics"],
+    ["cache", "context", "datastore", "index", "inspection", "key_extractor"],
+    ["datastore_writer", "neighbors_file", "retriever", "tuned"],
+    ["scorer", "generator", "inspection_html", "inspection_text", "report_html", "sweep"],
+    ["analysis", "config", "eval_lm", "temperature"],
+    ["report", "task"],
     ["__init__"],
     ["cli"],
 ]

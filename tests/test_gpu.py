@@ -41,9 +41,7 @@ def test_a_gpu_finds_what_a_cpu_finds(keys, tmp_path, factory, metric):
 @on_torch
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_keys_on_a_gpu_are_those_on_a_cpu(data, checkpoints, datastores, tmp_path, architecture):
-    build(
-        data, checkpoints[architecture], tmp_path / "datastore", "--knn-index", "Flat", cpu=False
-    )
+    build(data, checkpoints[architecture], tmp_path / "datastore", "--knn-index", "Flat", cpu=False)
     found, expected = (
         np.load(folder / "keys.npy").astype(np.float32)
         for folder in (tmp_path / "datastore", datastores[architecture])

@@ -10,7 +10,7 @@ from conftest import REPOSITORY, command, run
 
 import fairseq_knnlm
 
-COMMANDS = ["fairseq-knnlm-build", "fairseq-knnlm-tune", "fairseq-knnlm-info"]
+COMMANDS = [f"fairseq-knnlm-{name}" for name in ("build", "tune", "inspect", "info")]
 
 
 @pytest.fixture(scope="session")

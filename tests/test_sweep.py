@@ -8,9 +8,10 @@ import torch
 
 from fairseq_knnlm import sweep
 from fairseq_knnlm.errors import UserError
-from fairseq_knnlm.interpolation import knn_log_probs
+from fairseq_knnlm.interpolation import interpolate, knn_log_probs
 from fairseq_knnlm.metrics import perplexity, recall_at_k
-from fairseq_knnlm.sweep import Retrieved, Setting
+from fairseq_knnlm.neighbors_file import Retrieved
+from fairseq_knnlm.sweep import Setting
 
 INF = math.inf
 
@@ -23,6 +24,15 @@ def make_retrieved(seed, count=400, k=12):
     matches[: count // 4] = False  # no neighbour has the target
     log_p_lm = torch.rand(count, generator=chance).clamp(min=1e-3).log()
     return Retrieved(log_p_lm, distances, matches)
+
+
+def make_scaled(scale):
+    """Neighbours of which the near ones are right far more often than the far ones."""
+    retrieved = make_retrieved(seed=9)
+    near = retrieved.distances < 4
+    chance = torch.Generator().manual_seed(1)
+    matches = torch.rand(near.shape, generator=chance) < torch.where(near, 0.6, 0.02)
+    return Retrieved(retrieved.log_p_lm, scale * retrieved.distances, matches)
 
 
 def log_p_knn_one_at_a_time(retrieved, k, temperature):
@@ -71,9 +81,8 @@ def test_best_lambda_equals_a_fine_grid(seed):
     assert 0.0 < on_grid < 1.0
     found = sweep.best_lambda(retrieved.log_p_lm, log_p_knn)
     assert found == pytest.approx(on_grid, abs=1e-3)
-    assert sweep.mixture_perplexity(retrieved.log_p_lm, log_p_knn, found) == pytest.approx(
-        math.exp(-likelihood.max()), rel=1e-5
-    )
+    (lowest,) = sweep.mixture_perplexities(retrieved.log_p_lm, log_p_knn, [found])
+    assert lowest == pytest.approx(math.exp(-likelihood.max()), rel=1e-5)
 
 
 @pytest.mark.parametrize("log_p_knn", [[-2.0, -3.0], [-INF, -3.0], [-INF, -INF]])
@@ -120,30 +129,86 @@ def test_sweep_covers_the_grid_and_never_loses_to_the_language_model():
         assert setting.perplexity <= perplexity(retrieved.log_p_lm) * (1 + 1e-6)
 
 
-@pytest.mark.parametrize("ks, temperatures", [([0], [1.0]), ([13], [1.0]), ([], [1.0]), ([1], [])])
-def test_a_grid_beyond_the_retrieval_is_refused(ks, temperatures):
-    with pytest.raises(UserError, match=r"k in \[1, 12\], got"):
-        sweep.sweep(make_retrieved(seed=0), ks, temperatures)
+@pytest.mark.parametrize("temperature", [0.03, 1.0, 40.0])
+def test_every_lambda_equals_one_evaluation_at_a_time(temperature):
+    retrieved = make_retrieved(seed=8)
+    lambdas = [0.0, 0.1, 0.25, 0.9999]
+    settings = sweep.sweep(retrieved, [1, 5, 12], [temperature], lambdas)
+    assert [(s.k, s.knn_lambda) for s in settings] == [(k, x) for k in (1, 5, 12) for x in lambdas]
+    for setting in settings:
+        log_p_knn = log_p_knn_one_at_a_time(retrieved, setting.k, temperature)
+        mixed = interpolate(retrieved.log_p_lm, log_p_knn, setting.knn_lambda)
+        assert setting.perplexity == pytest.approx(perplexity(mixed), rel=1e-6)
+        assert torch.allclose(sweep.mixture(retrieved, setting), mixed, rtol=1e-5, atol=1e-6)
 
 
-def test_tune_refines_the_powers_of_two():
-    retrieved = make_retrieved(seed=5)
-    coarse = sweep.best(sweep.sweep(retrieved, [4, 12], sweep.TEMPERATURES))
-    settings = sweep.tune(retrieved, [4, 12])
+def test_lambda_1_of_matches_far_behind_the_nearest():
+    """Their weights are 0 in float32, their probability is not."""
+    distances = torch.tensor([[0.0, 300.0, 500.0], [0.0, 1.0, 2.0]])
+    matches = torch.tensor([[False, True, False], [True, False, True]])
+    retrieved = Retrieved(torch.tensor([-3.0, -2.0]), distances, matches)
+    one, three = sweep.sweep(retrieved, [1, 3], [1.0], [1.0])
+    assert one.perplexity == INF
+    second = (1 + math.exp(-2)) / (1 + math.exp(-1) + math.exp(-2))
+    assert three.perplexity == pytest.approx(math.exp((300 - math.log(second)) / 2))
+
+
+@pytest.mark.parametrize(
+    "ks, temperatures, lambdas, message",
+    [
+        ([0], [1.0], None, r"k in \[1, 12\], .* got 0"),
+        ([3, 13], [1.0], None, r"k in \[1, 12\], .* got 3, 13"),
+        ([], [1.0], None, r"k in \[1, 12\], .* got none"),
+        ([1], [], None, "empty"),
+        ([1], [1.0], [], "empty"),
+        ([1], [1e-31], None, r"temperatures in .*got 1e-31"),
+    ],
+)
+def test_a_grid_that_cannot_be_is_refused(ks, temperatures, lambdas, message):
+    with pytest.raises(UserError, match=message):
+        sweep.sweep(make_retrieved(seed=0), ks, temperatures, lambdas)
+
+
+def test_temperatures_are_refined_around_the_best():
+    retrieved = make_scaled(1.0)
+    powers = [2.0**exponent for exponent in range(-6, 11)]
+    coarse = sweep.best(sweep.sweep(retrieved, [4, 12], powers))
+    settings = sweep.sweep(retrieved, [4, 12])
     assert sweep.best(settings).perplexity <= coarse.perplexity
-    assert set(sweep.TEMPERATURES) < {s.temperature for s in settings}
+    tried = sorted({setting.temperature for setting in settings})
+    assert set(powers) < set(tried)
+    best = tried.index(sweep.best(settings).temperature)
+    assert tried[best + 1] / tried[best - 1] == pytest.approx(2**0.5, rel=1e-4)
 
 
-def test_evaluate_at_a_setting_of_another_split():
-    retrieved = make_retrieved(seed=6)
-    setting = sweep.best(sweep.sweep(retrieved, [3, 9], [1.0, 4.0]))
-    assert sweep.evaluate(retrieved, setting) == {
-        "tokens": 400,
-        "base_perplexity": perplexity(retrieved.log_p_lm),
-        "knn_perplexity": pytest.approx(setting.perplexity),
-    }
-    without = sweep.evaluate(retrieved, Setting(3, 1.0, 0.0, math.nan))
-    assert without["knn_perplexity"] == pytest.approx(without["base_perplexity"])
+@pytest.mark.parametrize("scale", [1e-5, 1.0, 1e7])
+def test_the_range_of_temperatures_follows_the_distances(scale):
+    """The best temperature is found on any scale of the distances."""
+    scaled = make_scaled(scale)
+    settings = sweep.sweep(scaled, [12])
+    lowest = sweep.best(settings)
+    assert not sweep.temperature_at_an_end(settings)
+    everywhere = [scale * 2.0**exponent for exponent in range(-8, 9)]
+    reference = sweep.best(sweep.sweep(scaled, [12], everywhere))
+    assert lowest.perplexity <= reference.perplexity * (1 + 1e-6)
+
+
+def test_a_best_temperature_at_an_end_is_told():
+    retrieved = make_retrieved(seed=9)
+    assert sweep.temperature_at_an_end(sweep.sweep(retrieved, [12], [1e-3, 2e-3]))
+    assert not sweep.temperature_at_an_end(sweep.sweep(retrieved, [12], [1.0]))
+
+
+def test_settings_can_be_typed_as_flags():
+    for setting in sweep.sweep(make_retrieved(seed=5), [4, 12]):
+        assert float(f"{setting.knn_lambda:.4f}") == setting.knn_lambda < 1.0
+        assert float(f"{setting.temperature:.6g}") == setting.temperature
+
+
+def test_best_of_each_k():
+    settings = [Setting(2, 1.0, 0.1, 9.0), Setting(1, 1.0, 0.2, 8.0), Setting(2, 3.0, 0.3, 7.0)]
+    assert sweep.best_of_each_k(settings) == [settings[1], settings[2]]
+    assert sweep.best(settings) == settings[2]
 
 
 def test_perplexity_of_a_uniform_distribution_is_its_size():

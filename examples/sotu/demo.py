@@ -40,7 +40,8 @@ BUSY_MACHINE = {"GOMP_SPINCOUNT": "10000"}
 
 # Lines of fairseq's output that tell how far a command is; logs/ has all of them.
 PROGRESS = (
-    r"num_updates=|'valid' subset|fairseq_knnlm\.\w+( \||:)|dump:|retrieve |Evaluated|Perplexity"
+    r"num_updates=|'valid' subset|fairseq_knnlm\.\w+( \||:)(?! {)|dump:|retrieve |Evaluated"
+    r"|Perplexity"
 )
 LOG_PREFIX = re.compile(r"^([\d-]+ [\d:]+ \| )?INFO( \| |:)[\w.]+( \| |:)")
 LINE_WIDTH = 110

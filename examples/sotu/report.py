@@ -94,7 +94,7 @@ def plot(tuned, path):
         axis.plot(*zip(*curve), "o-", color=CURVE, label="with neighbours")
         best = tuned["best"][name], tuned["best"]["perplexity"]
         axis.plot(*best, "D", color=BEST, markersize=9, label=f"best: {best[0]:.4g}")
-        axis.set_xscale("log", base=2)
+        axis.set_xscale("log", base=2 if name == "k" else 10)
         axis.xaxis.set_major_formatter("{x:.4g}")
         axis.set_xlabel(label)
         axis.set_title(title, fontsize="medium")
