@@ -33,10 +33,12 @@ MODEL = (
     "--decoder-output-dim 32 --decoder-ffn-embed-dim 48 --dropout 0.1 "
     "--decoder-attention-heads 2"
 )
+# fairseq-train may abort at its end while a thread still loads data
+NO_THREADS = ("--num-workers", "0", "--data-buffer-size", "0")
 TRAINING = (
     "--optimizer adam --lr 0.01 --max-update 60 --tokens-per-sample 32 --max-tokens 256 --seed 7 "
-    "--ddp-backend legacy_ddp --cpu --disable-validation --no-epoch-checkpoints --num-workers 0 "
-    "--log-format none"
+    "--ddp-backend legacy_ddp --cpu --disable-validation --no-epoch-checkpoints --log-format none "
+    + " ".join(NO_THREADS)
 )
 
 

@@ -4,7 +4,7 @@ import shutil
 
 import numpy as np
 import pytest
-from conftest import USER_DIR, build, command, evaluate, knnlm, run
+from conftest import NO_THREADS, USER_DIR, build, command, evaluate, knnlm, run
 
 from fairseq_knnlm.errors import UserError
 
@@ -67,7 +67,7 @@ def test_another_dimension(data, checkpoints, datastores, tmp_path):
         "--decoder-layers", 1, "--decoder-embed-dim", 16, "--decoder-input-dim", 16,
         "--decoder-output-dim", 16, "--decoder-ffn-embed-dim", 16, "--decoder-attention-heads", 1,
         "--optimizer", "sgd", "--lr", 0.1, "--max-update", 1, "--tokens-per-sample", 32,
-        "--max-tokens", 64, "--cpu", "--disable-validation", "--save-dir", tmp_path,
+        "--max-tokens", 64, "--cpu", "--disable-validation", *NO_THREADS, "--save-dir", tmp_path,
     )  # fmt: skip
     with pytest.raises(UserError) as error:
         evaluate(
@@ -120,6 +120,7 @@ def test_model_that_is_no_language_model(data, tmp_path):
         "--arch", "transformer_iwslt_de_en", "--encoder-layers", 1, "--decoder-layers", 1,
         "--encoder-embed-dim", 32, "--decoder-embed-dim", 32, "--optimizer", "sgd", "--lr", 0.1,
         "--max-update", 1, "--max-tokens", 64, "--cpu", "--disable-validation",
+        *NO_THREADS,
         "--save-dir", tmp_path / "save",
     )  # fmt: skip
     with pytest.raises(UserError) as error:
@@ -142,6 +143,7 @@ def test_language_model_that_is_no_transformer(data, tmp_path, architecture):
         command("fairseq-train"), data, "--task", "language_modeling",
         "--arch", *architecture.split(), "--optimizer", "sgd", "--lr", 0.1, "--max-update", 1,
         "--tokens-per-sample", 32, "--max-tokens", 64, "--cpu", "--disable-validation",
+        *NO_THREADS,
         "--save-dir", tmp_path,
     )  # fmt: skip
     with pytest.raises(UserError) as error:
