@@ -104,6 +104,11 @@ class Datastore:
 
         Raises:
             UserError: if there is none, or it is unfinished, truncated or of another format.
+
+        >>> datastore = Datastore.open(directory)
+        >>> datastore.keys.shape == (len(datastore), datastore.dimension)
+        True
+        >>> context, value = datastore.values[:7], datastore.values[7]  # in corpus order
         """
         manifest = read_manifest(path)
         for name, entry in manifest["files"].items():

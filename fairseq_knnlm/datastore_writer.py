@@ -61,6 +61,35 @@ def refuse_finished(path: str) -> None:
         )
 
 
+def free_bytes(path: str) -> int:
+    """What a build at *path* may take: free space of its disk, and what its files take already."""
+    folder = os.path.abspath(path)
+    while not os.path.exists(folder):
+        folder = os.path.dirname(folder)
+    present = filter(os.path.exists, (os.path.join(path, name) for name in (KEYS, VALUES, INDEX)))
+    # not their sizes: rows that are not written yet take no space
+    taken = sum(512 * os.stat(name).st_blocks for name in present)
+    return shutil.disk_usage(folder).free + taken
+
+
+def refuse_small_disk(path: str, needed: int, count: int) -> None:
+    """Refuse to begin what the disk cannot hold.
+
+    Args:
+        needed (int): bytes of all files, the unfinished index included.
+        count (int): entries.
+
+    Raises:
+        UserError: naming both sizes.
+    """
+    free = free_bytes(path)
+    if needed > free:
+        raise UserError(
+            f"fairseq_knnlm: --knn-datastore {path} needs about {needed:,} bytes ({count:,} "
+            f"entries), its disk has {free:,} free"
+        )
+
+
 class _Written(NamedTuple):
     """A journal line: a chunk that is on disk."""
 
@@ -244,15 +273,7 @@ class DatastoreWriter:
 
     def _refuse_small_disk(self) -> None:
         needed = sum(map(self._size, self._arrays)) + self._index_bytes
-        free = shutil.disk_usage(self.path).free
-        if self._overwrite:
-            replaced = filter(os.path.exists, map(self._in, (KEYS, VALUES, INDEX)))
-            free += sum(map(os.path.getsize, replaced))
-        if needed > free:
-            raise UserError(
-                f"fairseq_knnlm: --knn-datastore {self.path} needs about {needed:,} bytes "
-                f"({self.count:,} entries), its disk has {free:,} free"
-            )
+        refuse_small_disk(self.path, needed, self.count)
 
     def _allocate(self) -> None:
         """Give the arrays their headers and sizes; rows that are there stay."""

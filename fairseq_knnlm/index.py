@@ -51,7 +51,7 @@ KEYS_PER_QUERY = 100
 # The index is asked for a few more, so that of those at one distance it is known which come first.
 TIES = 32
 # What FAISS returns at a time: fresh memory costs more than what is done in it.
-_FOUND_BYTES = 1 << 26
+_FOUND_BYTES = 1 << 24
 # A limit of FAISS's GPU indexes.
 GPU_MAX_K = 2048
 _BLOCK_BYTES = 1 << 26
@@ -97,12 +97,57 @@ def make_index(factory: str, dimension: int, metric: str):
 def estimate_bytes(factory: str, count: int, dimension: int, metric: str) -> int:
     """About how large the index will be on disk."""
     index = make_index(factory, dimension, metric)
-    try:
-        code_bytes = index.sa_code_size()
-    except RuntimeError:
-        code_bytes = 4 * dimension
-    lists = _ivf(index).nlist if _ivf(index) is not None else 0
-    return int(count * (code_bytes + 8 * (lists > 0)) + lists * dimension * 4)
+    ivf = _ivf(index)
+    if ivf is None:
+        try:
+            return count * index.sa_code_size()
+        except RuntimeError:
+            return count * 4 * dimension
+    # fast-scan codes fill blocks, of which the last of a list is half empty on average
+    empty = ivf.nlist * (getattr(ivf, "bbs", 0) // 2)
+    centroids = ivf.nlist + (ivf.pq.ksub if hasattr(ivf, "pq") else 0)
+    return (count + empty) * ivf.code_size + count * 8 + centroids * dimension * 4
+
+
+class IndexCost(NamedTuple):
+    """What an index costs, in bytes, as far as can be told before it is there.
+
+    Of memory, what comes to that of the process.
+
+    file (int): the finished file.
+    parts (int): on the disk beside it while it is built.
+    training (int): memory while it is trained.
+    building (int): memory while it is filled and saved.
+    loaded (int): memory of searching it, but for queries and results.
+    """
+
+    file: int
+    parts: int
+    training: int
+    building: int
+    loaded: int
+
+
+def estimate_cost(factory: str, count: int, dimension: int, metric: str) -> IndexCost:
+    """What it costs to build an index of *count* keys, and to search it."""
+
+    def size(rows):
+        return estimate_bytes(factory, rows, dimension, metric)
+
+    saved = 0
+    while _part_end(saved, count) < count:
+        saved = _part_end(saved, count)
+    index = make_index(factory, dimension, metric)
+    # a list has room for up to twice its codes, the next power of two
+    grown = size(count) * (2 if _ivf(index) is not None else 1)
+    return IndexCost(
+        file=size(count),
+        parts=size(saved),
+        training=0 if index.is_trained else _training_rows(index, count) * dimension * 6,
+        # keys in float32 and what FAISS makes of them; or the copy that is read back when saved
+        building=max(grown + 5 * _BLOCK_BYTES // 2, grown + size(count) + _BLOCK_BYTES),
+        loaded=grown,
+    )
 
 
 def refuse_unbuildable(factory: str, count: int, dimension: int, metric: str) -> None:
@@ -163,23 +208,32 @@ def training_sample(keys: np.ndarray, size: int) -> np.ndarray:
     """*size* keys drawn without replacement, float32, read in the order of the file."""
     if size >= len(keys):
         return np.asarray(keys, dtype=np.float32)
-    rows = np.sort(np.random.default_rng(_SEED).choice(len(keys), size, replace=False))
+    rows = np.random.default_rng(_SEED).choice(len(keys), size, replace=False)
+    return read_rows(keys, np.sort(rows))
+
+
+def read_rows(keys: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    """Some keys, shape (rows, D), float32."""
     if not isinstance(keys, np.memmap):
         return np.asarray(keys[rows], dtype=np.float32)
     # read, as in _blocks: mapped, a page and its neighbours would stay for every row
-    sample = np.empty((size, keys.shape[1]), dtype=keys.dtype)
+    sample = np.empty((len(rows), keys.shape[1]), dtype=keys.dtype)
     with open(keys.filename, "rb") as file:
         for target, row in zip(sample, rows.tolist()):
             os.preadv(file.fileno(), [target], keys.offset + row * keys.strides[0])
     return sample.astype(np.float32)
 
 
+def _training_rows(index, count: int) -> int:
+    """How many of *count* keys an index is trained on."""
+    ivf = _ivf(index)
+    return min(count, TRAINING_KEYS_PER_LIST * (ivf.nlist if ivf is not None else 1024))
+
+
 def _train(index, keys: np.ndarray, report) -> None:
     if index.is_trained:
         return
-    ivf = _ivf(index)
-    size = TRAINING_KEYS_PER_LIST * (ivf.nlist if ivf is not None else 1024)
-    sample = training_sample(keys, min(size, len(keys)))
+    sample = training_sample(keys, _training_rows(index, len(keys)))
     report(f"training the index on {len(sample):,} keys")
     try:
         index.train(sample)
@@ -224,13 +278,17 @@ def build_index(
     # not in parts to be merged: FAISS merges not every kind, and of fast-scan codes leaves bytes
     # in the merged lists uninitialised
     while index.ntotal < len(keys):
-        rows = max(PART_ROWS, int(PART_SHARE * index.ntotal))
-        stop = min(index.ntotal + rows, len(keys))
+        stop = _part_end(index.ntotal, len(keys))
         for block in _blocks(keys, index.ntotal, stop):
             _add(index, block)
             report(f"indexed {index.ntotal:,} of {len(keys):,} keys")
         save(index, begun_path if stop < len(keys) else path)
     return describe(index, factory, metric)
+
+
+def _part_end(done: int, count: int) -> int:
+    """How many of *count* keys are in the index when it is saved next."""
+    return min(done + max(PART_ROWS, int(PART_SHARE * done)), count)
 
 
 def _add(index, block: np.ndarray) -> None:

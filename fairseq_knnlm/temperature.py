@@ -23,7 +23,7 @@ Whether keys that equal the drawn one count as its neighbours makes no differenc
 import numpy as np
 import torch
 
-from .index import SearchIndex
+from .index import SearchIndex, read_rows
 from .neighbors_file import Retrieved
 from .sweep import best, sweep
 
@@ -55,7 +55,7 @@ def find_temperature(
     rows = np.sort(chance.choice(len(keys), min(QUERIES, len(keys)), replace=False))
     k = min(NEIGHBORS, len(keys))
     index = SearchIndex(index_path, metric, keys=None)
-    found = index.search(np.asarray(keys[rows], dtype=np.float32), k, nprobe)
+    found = index.search(read_rows(keys, rows), k, nprobe)
     itself = found.ids == rows[:, None]
     distances = np.where(itself, np.inf, found.distances)
     order = distances.argsort(axis=1, kind="stable")

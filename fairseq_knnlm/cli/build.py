@@ -3,20 +3,29 @@
 import logging
 import os
 import platform
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import fairseq
 import numpy as np
 import torch
 
+from .. import estimate as estimates
 from .. import index as faiss_index
 from ..config import DEFAULT_KEY, DEFAULT_METRIC, DEFAULT_NPROBE
 from ..context import plan_chunks, refuse_oversized, shard
-from ..datastore_writer import DatastoreWriter, refuse_finished, value_dtype
+from ..datastore_writer import (
+    DatastoreWriter,
+    free_bytes,
+    refuse_finished,
+    refuse_small_disk,
+    value_dtype,
+)
 from ..errors import UserError
 from ..fingerprint import dictionary_fingerprint, file_fingerprint, weights_fingerprint
 from ..key_extractor import KeyExtractor, resolve_layer
 from ..scorer import encode
+from ..task import NEIGHBORS_BYTES
 from ..temperature import find_temperature
 from ..version import __version__
 from . import common
@@ -38,6 +47,18 @@ def make_parser():
         action="store_true",
         help="replace the datastore that --knn-datastore holds, finished or not",
     )
+    parser.add_argument(
+        "--estimate",
+        action="store_true",
+        help="write nothing: print what the datastore takes of disk, memory and time, after a "
+        "short trial; status 1 if the disk is too small",
+    )
+    for name, what in (("--entries", "tokens of the text"), ("--dimension", "numbers of a key")):
+        parser.add_argument(
+            name,
+            type=int,
+            help=f"for --estimate before text and checkpoint are there: {what}; both are needed",
+        )
     return parser
 
 
@@ -51,6 +72,10 @@ def build(cfg, args):
     directory = _output_directory(cfg)
     cfg.task.knn_datastore = None  # it is written here, not searched
     num_shards, shard_id = _shard_of(cfg)
+    if args.estimate or args.entries is not None or args.dimension is not None:
+        if shard_id == 0:
+            estimate(cfg, args, directory)
+        return
     if args.overwrite and num_shards > 1:
         raise UserError(
             "fairseq_knnlm: --overwrite is for one process: shards would overwrite each other; "
@@ -66,8 +91,10 @@ def build(cfg, args):
     with KeyExtractor(
         model.decoder, settings["key"]["type"], settings["key"]["layer"]
     ) as extractor:
-        factory = cfg.task.knn_index or faiss_index.default_factory(sum(sizes), extractor.dimension)
-        faiss_index.refuse_unbuildable(factory, sum(sizes), extractor.dimension, settings["metric"])
+        factory = _factory(cfg, sum(sizes), extractor.dimension)
+        cost = faiss_index.estimate_cost(
+            factory, sum(sizes), extractor.dimension, settings["metric"]
+        )
         with DatastoreWriter(
             directory,
             {**settings, "index": {"factory": factory}},
@@ -77,9 +104,7 @@ def build(cfg, args):
             num_shards=num_shards,
             shard_id=shard_id,
             overwrite=args.overwrite,
-            index_bytes=faiss_index.estimate_bytes(
-                factory, sum(sizes), extractor.dimension, settings["metric"]
-            ),
+            index_bytes=cost.file + cost.parts,
         ) as writer:
             mine = shard(range(len(chunks)), num_shards, shard_id)
             todo = sorted(set(mine) - set(writer.done))
@@ -87,6 +112,62 @@ def build(cfg, args):
                 logger.info(f"going on after {len(mine) - len(todo)} of {len(mine)} chunks")
             _dump(cfg, task, model, extractor, blocks, {i: chunks[i] for i in todo}, writer)
             _finish(writer, factory, settings["metric"], num_shards)
+
+
+def estimate(cfg, args, directory: str) -> None:
+    """Print what the datastore would take; nothing is written.
+
+    Raises:
+        UserError: if the disk is too small for it, or the sizes are given by halves.
+    """
+    metric = str(cfg.task.knn_metric or DEFAULT_METRIC)
+    if args.entries is None and args.dimension is None:
+        count, dimension, dtype, trial = _tried(cfg)
+    else:
+        _check_sizes(args)
+        # of a vocabulary that is not known
+        count, dimension, dtype, trial = args.entries, args.dimension, np.dtype("uint32"), None
+    factory = _factory(cfg, count, dimension)
+    costs = estimates.estimate(count, dimension, dtype, factory, metric)
+    print(f"{directory}: {count:,} entries of {dimension:,} dimensions, index {factory}")
+    print(estimates.table(costs, count, free_bytes(directory), NEIGHBORS_BYTES, trial), flush=True)
+    refuse_small_disk(directory, costs.disk_bytes, count)
+
+
+def _check_sizes(args) -> None:
+    if not args.estimate or min(args.entries or 0, args.dimension or 0) < 1:
+        raise UserError(
+            "fairseq_knnlm: --entries and --dimension, both >= 1, are for --estimate, got "
+            f"--entries {args.entries} --dimension {args.dimension}"
+        )
+
+
+def _tried(cfg):
+    """Sizes of the datastore of text and checkpoint, and the first two chunks of its dump."""
+    task, model = common.load_task_and_model(cfg)
+    blocks = _load_blocks(cfg, task, model)
+    key = _key_settings(cfg, model)
+    with KeyExtractor(model.decoder, key["type"], key["layer"]) as extractor:
+        chunks = plan_chunks(blocks.sizes, CHUNK_TOKENS)[:2]
+        device, tokens = next(model.parameters()).device, 0
+        for sample in _samples(cfg, task, blocks, chunks):
+            start = time.monotonic()
+            encoded = encode(model, common.to_device(sample, device), extractor, log_probs=False)
+            encoded.keys.to("cpu", torch.float16)
+            seconds = time.monotonic() - start
+            tokens += sample["ntokens"]
+        on_gpu = torch.cuda.max_memory_allocated() if device.type == "cuda" else 0
+        trial = estimates.Trial(tokens, sample["ntokens"] / seconds, on_gpu)
+        types = len(task.target_dictionary)
+        return int(blocks.sizes.sum()), extractor.dimension, value_dtype(types), trial
+
+
+def _factory(cfg, count: int, dimension: int) -> str:
+    """``--knn-index``, or the default for the size."""
+    factory = cfg.task.knn_index or faiss_index.default_factory(count, dimension)
+    metric = str(cfg.task.knn_metric or DEFAULT_METRIC)
+    faiss_index.refuse_unbuildable(factory, count, dimension, metric)
+    return factory
 
 
 def _output_directory(cfg) -> str:
@@ -129,16 +210,20 @@ def _data_path(cfg, name: str) -> str:
     return os.path.join(cfg.task.data, name)
 
 
+def _key_settings(cfg, model) -> dict:
+    layer = -1 if cfg.task.knn_key_layer is None else cfg.task.knn_key_layer
+    return {
+        "type": str(cfg.task.knn_key or DEFAULT_KEY),
+        "layer": resolve_layer(model.decoder, layer),
+        "layers": len(model.decoder.layers),
+    }
+
+
 def _settings(cfg, task, model) -> dict:
     """Everything that decides what is written, for the manifest."""
-    layer = -1 if cfg.task.knn_key_layer is None else cfg.task.knn_key_layer
     split = cfg.dataset.gen_subset
     return {
-        "key": {
-            "type": str(cfg.task.knn_key or DEFAULT_KEY),
-            "layer": resolve_layer(model.decoder, layer),
-            "layers": len(model.decoder.layers),
-        },
+        "key": _key_settings(cfg, model),
         "metric": str(cfg.task.knn_metric or DEFAULT_METRIC),
         "model": {
             "sha256": weights_fingerprint(model),
@@ -170,17 +255,21 @@ def _settings(cfg, task, model) -> dict:
     }
 
 
-def _dump(cfg, task, model, extractor, blocks, chunks, writer) -> None:
-    """Write keys and values of *chunks*, a dict of numbers and block ranges."""
-    device = next(model.parameters()).device
-    samples = task.chunk_iterator(
+def _samples(cfg, task, blocks, chunks):
+    return task.chunk_iterator(
         blocks,
-        chunks.values(),
+        chunks,
         common.max_tokens(cfg),
         cfg.dataset.batch_size,
         cfg.dataset.num_workers,
         cfg.dataset.data_buffer_size,
     )
+
+
+def _dump(cfg, task, model, extractor, blocks, chunks, writer) -> None:
+    """Write keys and values of *chunks*, a dict of numbers and block ranges."""
+    device = next(model.parameters()).device
+    samples = _samples(cfg, task, blocks, chunks.values())
     progress = common.with_progress(cfg, samples, prefix="dump")
     entries = 0
     # one chunk is copied from the device and written while the model is at the next one
