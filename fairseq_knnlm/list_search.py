@@ -2,12 +2,11 @@
 
 An inverted file searched query by query reads a list again for every query that probes it. Here
 queries are grouped by list: its keys are read and converted once, and one matrix product compares
-them with all its queries. The product may be rounded (bfloat16, where the CPU multiplies that
-faster): it only decides, with room for the rounding, which pairs are near enough to be worth an
-exact distance. So nothing that lies in a probed list is lost, and the k nearest are the first k of
-the k + 1 nearest.
+them with all its queries. The product is rounded: it only decides, with room for the rounding,
+which pairs are near enough to be worth an exact distance (see ``near_pairs``). So nothing that lies
+in a probed list is lost, and the k nearest are the first k of the k + 1 nearest.
 
-Near enough is what lies below a limit: a distance that a sample of a query's keys says is a little
+Near enough is what lies within a limit: a distance that a sample of a query's keys says is a little
 beyond its k-th nearest. Nothing but time depends on it: a query that found too few is searched
 again without one, one that found too many keeps the nearest.
 """
@@ -21,20 +20,21 @@ from typing import Callable, NamedTuple
 
 import numpy as np
 import torch
+from numpy.lib.stride_tricks import sliding_window_view
+
+from . import near_pairs
 
 # One key in this many is sampled for the limits, ...
-_SAMPLE = 64
+_SAMPLE = 16
 # ... and a limit is set so that a miss is this many standard deviations away.
 _SIGMAS = 3.5
-# Elements of a matrix of keys, or of distances, in float32: what stays in a core's cache.
-_BLOCK = 1 << 19
+# Elements of a matrix of keys, or of products: what stays in a core's cache.
+_BLOCK = 1 << 20
 _MAX_KEYS_OF_BLOCK = 1 << 12
 # Matrices are as large as the next multiple of these: a kernel is compiled for every shape.
-_QUERIES_STEP, _KEYS_STEP = 64, 128
-# Queries whose neighbours are handed over at a time.
-ROWS = 256
-# Relative error of a product of two numbers that are rounded to bfloat16, and some of the sum's.
-_ROUNDING = 1.05 * 2.0**-8
+_QUERIES_STEP, _KEYS_STEP = 64, 64
+# Queries whose neighbours are handed over at a time: some thousand stay in a core's cache.
+ROWS = 64
 # Ids share 64 bits with distances.
 MAX_KEYS = 1 << 32
 _NONE = np.iinfo(np.uint64).max
@@ -60,18 +60,20 @@ class ListSearch:
         self._sizes = np.array([len(list_ids(number)) for number in range(nlist)])
         self._metric = metric
         self._pair_distances = pair_distances
-        self._keys_of_block = _fitting(keys.shape[1], _KEYS_STEP, _MAX_KEYS_OF_BLOCK)
-        self._center = self._middle() if metric == "l2" else torch.zeros(keys.shape[1])
+        self._type = near_pairs.rounded_type()
+        self._columns = near_pairs.columns(keys.shape[1])
+        self._keys_of_block = _fitting(self._columns, _KEYS_STEP, _MAX_KEYS_OF_BLOCK)
+        self._center = self._middle() if metric == "l2" else np.zeros(keys.shape[1], np.float32)
         self._of_thread = threading.local()
         self._memory = np.empty(0, dtype=np.uint64)
 
-    def _middle(self) -> torch.Tensor:
+    def _middle(self) -> np.ndarray:
         """About the mean of the keys, which l2 is computed relative to.
 
         Small differences of large numbers would have few digits.
         """
         some = self._keys[:: max(1, len(self._keys) // _MAX_KEYS_OF_BLOCK)]
-        return torch.from_numpy(some.mean(axis=0, dtype=np.float32))
+        return some.mean(axis=0, dtype=np.float32)
 
     def probed(self, probes: np.ndarray) -> int:
         """How many distances a search computes."""
@@ -94,7 +96,8 @@ class ListSearch:
         Returns:
             list: the results of *function*, in order.
         """
-        queries = torch.from_numpy(queries) - self._center
+        queries = queries - self._center
+        self._workspace((len(queries), _room(k)), np.uint64)  # for what needs less as well
         with one_thread_each() as pool:
             limits = self._limits(queries, probes, k, pool)
             nearest = self._nearest(queries, probes, limits, k, pool, self._workspace)
@@ -118,95 +121,107 @@ class ListSearch:
         return self._memory.view(dtype)[:count].reshape(shape)
 
     def _limits(self, queries, probes, k: int, pool) -> np.ndarray:
-        """A rough distance for each query that probably a few more than k keys are below."""
+        """A distance for each query that probably a few more than k keys are within."""
         sizes = -(-self._sizes // _SAMPLE)
         ends = np.where(probes < 0, 0, sizes[probes]).cumsum(axis=1)
         sample = self._workspace((len(ends), max(1, ends[:, -1].max())), np.float32)
-        sample[:] = np.inf
         flat = sample.reshape(-1)
 
         def visit(block):
             starts = ends[block.rows, block.slots] - sizes[block.number] + block.first
             starts += block.rows * sample.shape[1]
-            flat[starts[:, None] + np.arange(len(block.ids))] = block.rough.numpy()
+            windows = sliding_window_view(flat, len(block.ids), writeable=True)
+            windows[starts] = block.products[:, : len(block.ids)].float().numpy()
 
-        self._each_block(visit, queries, probes, _SAMPLE, pool)
+        sides = self._query_sides(queries, np.zeros(len(queries), np.float32), pool, rounding=False)
+        self._each_block(visit, sides, probes, _SAMPLE, pool)
         rank = _sampled_rank(k)
         if rank > sample.shape[1]:
             return np.full(len(sample), np.inf, dtype=np.float32)
-        list(pool.map(lambda rows: sample[rows].partition(rank - 1, axis=1), slices(len(sample))))
+
+        def partition(rows):
+            part = sample[rows]
+            np.copyto(part, np.inf, where=np.arange(part.shape[1]) >= ends[rows, -1:])
+            part.partition(rank - 1, axis=1)
+
+        list(pool.map(partition, slices(len(sample))))
         return sample[:, rank - 1].copy()
 
     def _nearest(self, queries, probes, limits, k: int, pool, allocate) -> "_Nearest":
-        norms = _square_norms(queries)
-        offsets = norms if self._metric == "l2" else torch.zeros_like(norms)
-        slack = norms.sqrt() * (_ROUNDING * (2 if self._metric == "l2" else 1))
-        kept = allocate((len(queries), _room(k)), np.uint64)
-        nearest = _Nearest(k, limits, offsets.numpy(), slack.numpy(), kept)
+        nearest = _Nearest(k, limits, allocate((len(queries), _room(k)), np.uint64))
 
         def visit(block):
-            nearest.add(block, self._pair_distances)
+            rows, columns = block.near()
+            distances = self._pair_distances(queries, block.rows[rows], block.keys, columns)
+            nearest.add(block.rows, rows, distances, block.ids[columns])
 
-        self._each_block(visit, queries, probes, 1, pool)
+        sides = self._query_sides(queries, limits, pool)
+        self._each_block(visit, sides, probes, 1, pool)
         nearest.sort(pool)
         return nearest
 
-    def _each_block(self, visit: Callable, queries, probes, stride: int, pool) -> None:
+    def _query_sides(self, queries, limits, pool, rounding=True) -> torch.Tensor:
+        """The left side of every product of a search."""
+        sides = torch.zeros(len(queries), self._columns, dtype=self._type)
+
+        def write(rows):
+            part = queries[rows], limits[rows]
+            near_pairs.write_queries(sides[rows], *part, self._metric, rounding)
+
+        list(pool.map(write, slices(len(queries))))
+        return sides
+
+    def _each_block(self, visit: Callable, sides, probes, stride: int, pool) -> None:
         """Compare the keys of each list, or one in *stride*, with the queries that probe it."""
         groups = _Groups(probes, len(self._sizes))
 
         def visit_list(number):
-            for block in self._blocks(queries, groups, number, stride):
+            for block in self._blocks(sides, groups, number, stride):
                 visit(block)
 
-        with _rounded_products():
-            list(pool.map(visit_list, groups.lists))
+        list(pool.map(visit_list, groups.lists))
 
-    def _blocks(self, queries, groups, number: int, stride: int) -> Iterator["_Block"]:
+    def _blocks(self, sides, groups, number: int, stride: int) -> Iterator["_Block"]:
         """The blocks of a list; each is in the memory of the one before."""
         ids = self._list_ids(number)[::stride]
         rows, slots = groups.of(number)
         scratch = self._scratch()
         for first in range(0, len(ids), self._keys_of_block):
             block_ids = ids[first : first + self._keys_of_block]
-            keys, norms = self._read(block_ids, scratch)
-            reach = math.sqrt(norms[: len(block_ids)].max())
-            queries_of_block = _fitting(max(keys.shape), _QUERIES_STEP, len(rows))
+            keys, right = self._read(block_ids, scratch)
+            queries_of_block = _fitting(max(right.shape), _QUERIES_STEP, len(rows))
             for begin in range(0, len(rows), queries_of_block):
                 part = slice(begin, begin + queries_of_block)
                 count = len(rows[part])
-                mine = _head(scratch.queries, _padded(count, _QUERIES_STEP), keys.size(1))
-                torch.index_select(queries, 0, torch.from_numpy(rows[part]), out=mine[:count])
-                rough = _head(scratch.rough, len(mine), len(keys))
-                if self._metric == "l2":
-                    torch.addmm(norms, mine, keys.t(), alpha=-2, out=rough)
-                else:
-                    torch.mm(mine, keys.t(), out=rough).neg_()
-                rough = rough[:count, : len(block_ids)]
+                left = _head(scratch.left, _padded(count, _QUERIES_STEP), self._columns)
+                torch.index_select(sides, 0, torch.from_numpy(rows[part]), out=left[:count])
+                products = _head(scratch.products, len(left), len(right))
+                torch.mm(left, right.t(), out=products)
                 yield _Block(
-                    number, rows[part], slots[part], first, block_ids, mine, keys, reach, rough
+                    number, rows[part], slots[part], first, block_ids, keys, products[:count]
                 )
 
     def _read(self, ids: np.ndarray, scratch: "_Scratch"):
-        """Keys in float32, relative to the center, and their squared norms; padded."""
-        found = scratch.found[: len(ids)]
+        """Keys in float32, relative to the center, and the right side of their products."""
+        found, keys = scratch.found[: len(ids)], scratch.keys[: len(ids)]
         self._keys.take(ids, axis=0, out=found, mode="clip")
-        padded = _head(scratch.keys, _padded(len(ids), _KEYS_STEP), found.shape[1])
-        keys = padded[: len(ids)]
-        keys.copy_(torch.from_numpy(found))
+        torch.from_numpy(keys).copy_(torch.from_numpy(found))  # numpy converts slower
         if self._metric == "l2":
             keys -= self._center
-        scratch.norms[: len(ids)] = _square_norms(keys)
-        return padded, scratch.norms[: len(padded)]
+        right = scratch.right[: _padded(len(ids), _KEYS_STEP)]
+        near_pairs.write_keys(right[: len(ids)], keys, self._metric)
+        right[len(ids) :] = 0
+        return keys, right
 
     def _scratch(self) -> "_Scratch":
         if not hasattr(self._of_thread, "scratch"):
-            dimension = self._keys.shape[1]
-            elements = max(_BLOCK, _KEYS_STEP * dimension, _QUERIES_STEP * _MAX_KEYS_OF_BLOCK)
+            count, dimension = self._keys_of_block, self._keys.shape[1]
+            elements = max(_BLOCK, _QUERIES_STEP * max(self._columns, _MAX_KEYS_OF_BLOCK))
             self._of_thread.scratch = _Scratch(
-                np.empty((self._keys_of_block, dimension), self._keys.dtype),
-                torch.zeros(_padded(self._keys_of_block, _KEYS_STEP)),
-                *(torch.zeros(elements) for _ in range(3)),
+                np.empty((count, dimension), self._keys.dtype),
+                np.empty((count, dimension), np.float32),
+                torch.zeros(count, self._columns, dtype=self._type),
+                *(torch.zeros(elements, dtype=self._type) for _ in range(2)),
             )
         return self._of_thread.scratch
 
@@ -228,30 +243,20 @@ def one_thread_each():
         torch.set_num_threads(threads)
 
 
-@contextlib.contextmanager
-def _rounded_products():
-    """Let products of float32 matrices be rounded to bfloat16 where the CPU is faster with it."""
-    precision = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("medium")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(precision)
-
-
 class _Scratch(NamedTuple):
     """Memory that a thread uses again and again.
 
     found (ndarray): keys as they are stored.
-    norms (Tensor): float32, of keys.
-    keys, queries, rough (Tensor): float32, shape (elements,).
+    keys (ndarray): the same, float32.
+    right (Tensor): their side of a product; columns that are never written to are 0.
+    left, products (Tensor): shape (elements,).
     """
 
     found: np.ndarray
-    norms: torch.Tensor
-    keys: torch.Tensor
-    queries: torch.Tensor
-    rough: torch.Tensor
+    keys: np.ndarray
+    right: torch.Tensor
+    left: torch.Tensor
+    products: torch.Tensor
 
 
 def _padded(count: int, step: int) -> int:
@@ -267,21 +272,15 @@ def _head(buffer: torch.Tensor, *shape: int) -> torch.Tensor:
     return buffer[: math.prod(shape)].view(shape)
 
 
-def _square_norms(vectors: torch.Tensor) -> torch.Tensor:
-    rows = vectors.numpy()
-    return torch.from_numpy(np.einsum("nd,nd->n", rows, rows))
-
-
 class _Block(NamedTuple):
-    """Some queries, some keys of a list that they probe, and about how far apart they are.
+    """Some queries, some keys of a list that they probe, and which of them are near.
 
     number (int): of the list.
     rows, slots (ndarray): shape (n,), queries, and the place of the list among their probes.
     first (int): place of the first of the keys in their list.
     ids (ndarray): shape (m,), the keys.
-    queries, keys (Tensor): at least n or m rows, D columns, float32.
-    reach (float): the largest norm of the keys.
-    rough (Tensor): shape (n, m), float32, rounded distances, less what a query's are all less by.
+    keys (ndarray): shape (m, D), float32.
+    products (Tensor): shape (n, m or more), of the rows of ``near_pairs``; of no key: not negative.
     """
 
     number: int
@@ -289,10 +288,19 @@ class _Block(NamedTuple):
     slots: np.ndarray
     first: int
     ids: np.ndarray
-    queries: torch.Tensor
-    keys: torch.Tensor
-    reach: float
-    rough: torch.Tensor
+    keys: np.ndarray
+    products: torch.Tensor
+
+    def near(self) -> tuple[np.ndarray, np.ndarray]:
+        """Pairs that are near: for each the number of its query in the block, and of its key."""
+        near = near_pairs.are_near(self.products)
+        # most eights of pairs have none that is near: half the time of np.flatnonzero(near)
+        eights = near.reshape(-1).view(np.uint64)
+        some = np.flatnonzero(eights != 0)
+        within = np.flatnonzero(eights[some].view(bool))
+        places = (some << 3)[within >> 3] + (within & 7)
+        rows = places // near.shape[1]
+        return rows, places - rows * near.shape[1]
 
 
 class _Groups:
@@ -325,59 +333,46 @@ class _Nearest:
 
     Args:
         k (int): neighbours.
-        limits (ndarray): shape (N,), float32, rough distances that keys are kept up to.
-        offsets (ndarray): shape (N,), float32, what rough distances are less by than exact ones.
-        slack (ndarray): shape (N,), float32, the error of a rough distance to a key of norm 1.
+        limits (ndarray): shape (N,), float32, distances that nothing is missing up to.
         kept (ndarray): shape (N, at least k), uint64, room for them.
     """
 
-    def __init__(self, k: int, limits, offsets, slack, kept: np.ndarray):
+    def __init__(self, k: int, limits: np.ndarray, kept: np.ndarray):
         self._k = k
         self._limits = limits
-        self._offsets = offsets
-        self._slack = slack
         self._kept = kept
         self._counts = np.zeros(len(limits), dtype=np.int64)
         self._lock = threading.Lock()
 
-    def add(self, block: _Block, pair_distances: Callable) -> None:
-        """Keep those pairs of a block that are near."""
-        limits = self._limits[block.rows] + self._slack[block.rows] * block.reach
-        near = torch.le(block.rough, torch.from_numpy(limits)[:, None])
-        places = np.flatnonzero(near.numpy())
-        width = len(block.ids)
-        bounds = places.searchsorted(np.arange(len(block.rows) + 1) * width)
-        rows = np.repeat(np.arange(len(block.rows)), np.diff(bounds))
-        columns = places - rows * width
-        distances = pair_distances(block.queries.numpy(), rows, block.keys.numpy(), columns)
-        packed = _pack(distances, block.ids.take(columns))
-        with self._lock:
-            self._place(block.rows, bounds, packed)
+    def add(self, queries, rows, distances, ids) -> None:
+        """Add pairs.
 
-    def _place(self, queries, bounds, packed) -> None:
-        """Append to what a query has its part of *packed*, from one of *bounds* to the next."""
-        counts = np.diff(bounds)
-        starts = self._counts[queries]
-        full = starts + counts > self._kept.shape[1]
-        for row in np.flatnonzero(full):
-            self._merge(queries[row], packed[bounds[row] : bounds[row + 1]])
-        if full.any():
-            packed = packed[np.repeat(~full, counts)]
-            queries, starts, counts = queries[~full], starts[~full], counts[~full]
-        first = counts.cumsum() - counts
-        places = np.repeat(queries * self._kept.shape[1] + starts - first, counts)
-        places += np.arange(len(packed))
-        self._kept.reshape(-1)[places] = packed
-        self._counts[queries] = starts + counts
+        Args:
+            queries (ndarray): shape (n,), int64, each once.
+            rows (ndarray): shape (p,), int64, ascending: which of *queries* each pair is of.
+            distances, ids (ndarray): shape (p,).
+        """
+        counts = np.bincount(rows, minlength=len(queries))
+        packed = _pack(distances, ids)
+        with self._lock:
+            full = self._counts[queries] + counts > self._kept.shape[1]
+            if full.any():
+                ends = counts.cumsum()
+                for row in np.flatnonzero(full):
+                    self._merge(queries[row], packed[ends[row] - counts[row] : ends[row]])
+                packed, rows, counts = packed[~full[rows]], rows[~full[rows]], counts * ~full
+            starts = self._counts[queries]
+            # those of a query stand side by side
+            first = queries * self._kept.shape[1] + starts - (counts.cumsum() - counts)
+            self._kept.reshape(-1)[first[rows] + np.arange(len(rows))] = packed
+            self._counts[queries] = starts + counts
 
     def _merge(self, query: int, packed: np.ndarray) -> None:
-        """Keep the k nearest alone of what a query has and gets, and none farther from now on."""
+        """Keep the k nearest alone of what a query has and gets."""
         packed = np.concatenate([self._kept[query, : self._counts[query]], packed])
         packed.partition(self._k - 1)
         self._kept[query, : self._k] = packed[: self._k]
         self._counts[query] = self._k
-        farthest = _unpack(packed[self._k - 1 : self._k])[0][0] - self._offsets[query]
-        self._limits[query] = min(self._limits[query], farthest)
 
     def sort(self, pool) -> None:
         """Bring what is kept of each query in order."""
@@ -391,8 +386,8 @@ class _Nearest:
         list(pool.map(sort, slices(len(self._kept))))
 
     def incomplete(self) -> np.ndarray:
-        """Queries that had a limit and of which the k-th nearest is not below it."""
-        farthest = _unpack(self._kept[:, self._k - 1])[0] - self._offsets
+        """Queries that had a limit and of which the k-th nearest is not within it."""
+        farthest, _ = _unpack(self._kept[:, self._k - 1])
         return np.flatnonzero((farthest > self._limits) & (self._limits < np.inf))
 
     def replace(self, queries: np.ndarray, other: "_Nearest") -> None:
@@ -444,5 +439,6 @@ def _unpack(packed: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     distances = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).view(np.float32)
     ids = (packed & np.uint64(MAX_KEYS - 1)).astype(np.int64)
     none = packed == _NONE
-    distances[none], ids[none] = np.inf, -1
+    if none.any():
+        distances[none], ids[none] = np.inf, -1
     return distances, ids

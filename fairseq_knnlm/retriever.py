@@ -174,32 +174,52 @@ class Retriever:
         key = self._manifest["key"]
         return KeyExtractor(model.decoder, key["type"], key["layer"])
 
-    def search(self, queries: torch.Tensor) -> Neighbors:
+    def search(self, queries: torch.Tensor, k: Optional[int] = None) -> Neighbors:
         """The k nearest entries of each query.
 
         Args:
             queries (Tensor): shape (N, D), any float dtype and device.
+            k (int): neighbours, at most those of the retriever; None: as many.
 
         Returns:
             Neighbors: on the device of *queries*.
+
+        Raises:
+            UserError: if k is not in [1, k of the retriever].
+
+        >>> retriever = Retriever.open([directory], k=4)
+        >>> own = torch.from_numpy(retriever.datastores[0].keys[:3].astype("float32"))
+        >>> found = retriever.search(own, k=2)
+        >>> found.distances.shape == found.values.shape == found.ids.shape == (3, 2)
+        True
+        >>> found.distances[:, 0].tolist()  # the nearest of a key is itself
+        [0.0, 0.0, 0.0]
         """
-        found = self.map(lambda rows, neighbors: neighbors, queries)
+        k = self.k if k is None else k
+        if not 1 <= k <= self.k:
+            raise UserError(
+                f"Retriever.search: k must be in [1, {self.k}], got {k}; open the retriever with "
+                "the largest k that is wanted"
+            )
+        found = self.map(lambda rows, neighbors: neighbors, queries, k)
         if not found:
-            empty = torch.empty(0, self.k)
+            empty = torch.empty(0, k)
             found = [Neighbors(empty, empty.long(), empty.long())]
         return Neighbors(*(torch.cat(parts).to(queries.device) for parts in zip(*found)))
 
-    def map(self, function: Callable, queries: torch.Tensor) -> list:
+    def map(self, function: Callable, queries: torch.Tensor, k: Optional[int] = None) -> list:
         """Search, and use the neighbours of some queries at a time, while they are in the cache.
 
         Args:
             function (callable): takes a slice of the queries and their ``Neighbors``, on the CPU;
                 called from several threads.
             queries (Tensor): shape (N, D), any float dtype and device.
+            k (int): as in ``search``.
 
         Returns:
             list: its results, in the order of the queries.
         """
+        k = self.k if k is None else k
         flat = np.ascontiguousarray(queries.float().cpu().numpy())
         if self._indexes is None:
             self._indexes = [self._load(*each) for each in zip(self.datastores, self._devices)]
@@ -207,24 +227,20 @@ class Retriever:
             (index,), (datastore,) = self._indexes, self.datastores
             return index.map(
                 lambda rows, *found: function(rows, _neighbors(datastore, 0, *found)),
-                flat, self.k, self.nprobe,
+                flat, k, self.nprobe,
             )  # fmt: skip
-        each = list(self._search_each(flat))
+        each = list(self._search_each(flat, k))
         return [
-            function(rows, self._merge([part[rows] for part in found] for found in each))
+            function(rows, _merge(([part[rows] for part in found] for found in each), k))
             for rows in faiss_index.slices(len(flat))
         ]
 
-    def _search_each(self, queries: np.ndarray) -> Iterator[Neighbors]:
+    def _search_each(self, queries: np.ndarray, k: int) -> Iterator[Neighbors]:
         first_id = 0
         for datastore, index in zip(self.datastores, self._indexes):
-            found = index.search(queries, min(self.k, len(datastore)), self.nprobe)
+            found = index.search(queries, min(k, len(datastore)), self.nprobe)
             yield _neighbors(datastore, first_id, *found)
             first_id += len(datastore)
-
-    def _merge(self, each) -> Neighbors:
-        merged = Neighbors(*(torch.cat(parts, dim=1) for parts in zip(*each)))
-        return _nearest(merged, self.k)
 
     def _load(self, datastore: Datastore, device: str):
         return faiss_index.SearchIndex(
@@ -243,6 +259,10 @@ def _neighbors(datastore: Datastore, first_id: int, distances, ids) -> Neighbors
         values = np.where(missing, 0, datastore.values[np.where(missing, 0, ids)]).astype(np.int64)
         ids = np.where(missing, -1, ids + first_id)
     return Neighbors(*(torch.from_numpy(part) for part in (distances, values, ids)))
+
+
+def _merge(each, k: int) -> Neighbors:
+    return _nearest(Neighbors(*(torch.cat(parts, dim=1) for parts in zip(*each))), k)
 
 
 def _nearest(neighbors: Neighbors, k: int) -> Neighbors:
