@@ -33,6 +33,7 @@ import torch  # noqa: E402
 from datastores import make_datastores  # noqa: E402
 from evaluation import Evaluation  # noqa: E402
 from floor import measure_commands, measure_floor  # noqa: E402
+from generation import measure_generation  # noqa: E402
 from index_types import build_straightforward_index, compare_types, default_types  # noqa: E402
 from methods import Methods  # noqa: E402
 from parts import write_part  # noqa: E402
@@ -67,12 +68,15 @@ def make_parser():
     add("--knn-temperature", type=float, default=10.0)
     add("--knn-device", default="auto", choices=("auto", "cpu", "cuda"))
     add("--k", type=int, nargs="+", default=[8, 64, 1024], help="(8 64 1024)")
+    add("--cache-sizes", type=int, nargs="*", default=[500, 2000, 4000],
+        help="of a continuous cache without neighbours (500 2000 4000)")  # fmt: skip
     add("--shares", type=float, nargs="+", default=[1, 1 / 4, 1 / 16],
         help="parts of train that are datastores (1 0.25 0.0625)")  # fmt: skip
     add("--tokens", type=int, default=1 << 14, help="kNN evaluation is timed on (16384)")
     add("--queries", type=int, default=1 << 12, help="quality is measured on (4096)")
     add("--straightforward-tokens", type=int, default=1 << 11, help="(2048)")
     add("--repeats", type=int, default=3, help="measurements, of which the median counts (3)")
+    add("--generated", type=int, default=48, help="tokens generated behind a prompt (48)")
     add("--index-types", nargs="+", metavar="FACTORY", help="(flat and IVF of several kinds)")
     add("--index-share", type=float, help="the one of --shares whose keys are indexed in every "
         "way (the second largest)")  # fmt: skip
@@ -122,6 +126,8 @@ def measure(settings, flags, work):
         floor = measure_floor(settings.data, split, flags, Path(folder), settings.repeats)
         evaluation = Evaluation(part, split, [*flags, *knn_flags])
         methods, queries = _measure_methods(evaluation, datastores, settings, work)
+        log("generation")
+        generation = measure_generation(evaluation, datastores[0], settings)
     types = []
     if not settings.skip_index_types:
         (row,) = (row for row in datastores if row["share"] == settings.index_share)
@@ -146,6 +152,7 @@ def measure(settings, flags, work):
         "datastores": datastores,
         "commands": commands,
         "methods": methods,
+        "generation": generation,
         "growth": growth(methods),
         "ratios": ratios(floor, methods),
         "index_types": types,
@@ -275,7 +282,8 @@ def main(argv=None):
         f"\nperplexity of the language model alone {quality['base_perplexity']:.3f}; quality on "
         f"{quality['tokens']:,} tokens, against exhaustive search; {results['seconds']:.0f} s"
     )
-    rows = [row for name in ("floor", "methods", "index_types") for row in results[name]]
+    names = ("floor", "methods", "generation", "index_types")
+    rows = [row for name in names for row in results[name]]
     held_up = sum(row.get("held_up", False) for row in rows)
     if held_up:
         print(

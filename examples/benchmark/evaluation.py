@@ -58,6 +58,15 @@ class Evaluation:
         )
         return [common.to_device(sample, self.device) for sample in samples]
 
+    def prompts(self, count, tokens):
+        """The first *tokens* of the first *count* blocks, each a sample to be continued."""
+        eos = self.task.target_dictionary.eos()  # where it stands, generation ends
+        blocks = (self._dataset[number]["target"] for number in range(count))
+        blocks = [block[block != eos][:tokens] for block in blocks]
+        dataset = self.task.build_dataset_for_inference(blocks, list(map(len, blocks)))
+        samples = [dataset.collater([dataset[number]]) for number in range(count)]
+        return [common.to_device(sample, self.device) for sample in samples]
+
     def queries(self, retriever, count):
         """The first *count* tokens as ``Queries``, and seconds of their forward pass a token."""
         self.task.retriever = None

@@ -59,6 +59,9 @@ class Methods:
             figures = judge(retriever.search(self._queries.keys))  # loads the index, warms up
             rows.append(self._begin_row(OURS, k, distances, **figures))
             measurements[OURS, k, distances] = self._scoring(retriever)
+        for size in self._settings.cache_sizes:
+            rows.append(self._begin_row(f"cache of {size:,}", None, None))
+            measurements[f"cache of {size:,}", None, None] = self._scoring(None, size)
         setting = "straightforward", max(self._settings.k), "exact"
         measurements[setting], figures = self._straightforward(judge, straightforward_index)
         rows.append(self._begin_row(*setting, **figures))
@@ -91,14 +94,15 @@ class Methods:
                 row["tokens_per_s"] = count / row["runs_s"][0]
         return reference, rows
 
-    def _scoring(self, retriever):
+    def _scoring(self, retriever, cache_size=0):
         """A measurement of the scorer that ``fairseq-eval-lm --task knnlm_lm`` calls.
 
-        Without a retriever it is that of the language model alone.
+        Without a retriever and a cache it is that of the language model alone.
         """
         evaluation = self._evaluation
-        evaluation.task.retriever = retriever
-        scorer = evaluation.task.make_scorer()
+        task = evaluation.task
+        task.retriever, task.settings = retriever, task.settings._replace(cache_size=cache_size)
+        scorer = task.make_scorer()
         samples = evaluation.samples()
         for sample in evaluation.batches(1):  # warms up
             scorer.generate([evaluation.model], sample)

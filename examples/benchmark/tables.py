@@ -52,6 +52,16 @@ METHODS = (
     ("recall", "recall", ".4f"),
     ("of mass", "mass_recall", ".4f"),
 )
+GENERATION = (
+    ("generation", "name", "<16"),
+    ("k", "k", "d"),
+    ("entries", "entries", ",d"),
+    ("tokens", "tokens", ",d"),
+    ("tokens/s", "tokens_per_s", ",.0f"),
+    ("", "held_up", "<1"),
+    ("/ model alone", "of_alone", ".3f"),
+    ("kNN ms/step", "knn_ms_per_step", ".2f"),
+)
 GROWTH = (
     ("growth", "method", "<16"),
     ("k", "k", "d"),
@@ -84,6 +94,7 @@ def lines(results):
         (DATASTORES, "datastores"),
         (COMMANDS, "commands"),
         (METHODS, "methods"),
+        (GENERATION, "generation"),
         (GROWTH, "growth"),
         (RATIOS, "ratios"),
         (TYPES, "index_types"),
