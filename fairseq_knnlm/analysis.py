@@ -56,9 +56,7 @@ class SizeSetting(NamedTuple):
 
 
 def tune_sizes(retrieved: Retrieved, temperature: float) -> list[SizeSetting]:
-    """The best lambda for every size of the datastore; none without known parts."""
-    if retrieved.parts is None:
-        return []
+    """The best lambda for every size of the datastore."""
     same_k = max(1, retrieved.distances.size(1) // _COMMON_SHARE)
     return [
         SizeSetting(parts, k, best_lambda(retrieved.log_p_lm, scores))
@@ -191,8 +189,6 @@ def _lambda_curve(log_p_lm, scores, chosen: float) -> Iterator[dict]:
 
 
 def _size_curve(retrieved, sizes, temperature: float, entries: int) -> Iterator[dict]:
-    if retrieved.parts is None:
-        return
     for setting in sizes:
         counted = _known(retrieved, setting.parts)
         limit = setting.k or retrieved.distances.size(1)

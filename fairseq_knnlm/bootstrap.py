@@ -57,21 +57,6 @@ def paired_interval(first, second, document_starts, resamples: int = RESAMPLES) 
     return Interval(float(change), float(low), float(high), len(starts), unit)
 
 
-def document_starts(targets, eos: int) -> np.ndarray:
-    """Rows at which documents begin: after an empty line, which is an eos right after an eos.
-
-    Args:
-        targets (array): shape (N,), the tokens of a text in order.
-        eos (int): id of the end of a line.
-
-    Returns:
-        ndarray: shape (M,), int64, ascending, the first of them 0.
-    """
-    ends = np.asarray(targets) == eos
-    empty = ends & np.append(True, ends[:-1])
-    return np.append(0, np.flatnonzero(empty[:-1] & ~empty[1:]) + 1)
-
-
 def _units(count: int, document_starts: np.ndarray):
     """First rows of what is drawn, from row 0 on, and its name."""
     if len(document_starts) >= MIN_DOCUMENTS:

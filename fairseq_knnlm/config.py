@@ -14,7 +14,9 @@ from fairseq.dataclass import ChoiceEnum
 from fairseq.tasks.language_modeling import LanguageModelingConfig
 from omegaconf import II
 
+from .cache import METRICS
 from .errors import UserError
+from .interpolation import ROUNDING
 from .key_extractor import KEY_TYPES
 
 DEFAULT_KEY = "ffn-input"
@@ -24,7 +26,9 @@ DEFAULT_LAMBDA = 0.25
 DEFAULT_TEMPERATURE = 1.0
 DEFAULT_NPROBE = 32
 DEFAULT_DISTANCES = "exact"
+DEFAULT_CACHE_LAMBDA = 0.1
 AUTO = "auto"
+CACHE_RESETS = ["none", "document"]
 
 
 @dataclass
@@ -64,10 +68,46 @@ class KNNLMConfig(LanguageModelingConfig):
             f"returns them (default: {DEFAULT_DISTANCES})"
         },
     )
+    knn_cache_size: Optional[int] = field(
+        default=None,
+        metadata={
+            "help": "continuous cache: how many of the tokens before it a token looks back on, in "
+            "the text that is evaluated (default: 0, no cache)"
+        },
+    )
+    knn_cache_lambda: Optional[float] = field(
+        default=None,
+        metadata={
+            "help": "weight of p_cache in the mixture (1 - LAMBDA - CACHE_LAMBDA) p_lm + LAMBDA "
+            f"p_knn + CACHE_LAMBDA p_cache, in [0, 1] (default: {DEFAULT_CACHE_LAMBDA})"
+        },
+    )
+    knn_cache_theta: Optional[float] = field(
+        default=None,
+        metadata={
+            "help": "theta >= 0, multiplies what hidden states have in common, worth tuning "
+            "(default: 1 / sqrt(dimension of the state), half of it for l2)"
+        },
+    )
+    knn_cache_metric: Optional[ChoiceEnum(list(METRICS))] = field(
+        default=None,
+        metadata={
+            "help": "what hidden states of the cache have in common: 'ip', the inner product, or "
+            f"'l2', minus the squared distance (default: {METRICS[0]})"
+        },
+    )
+    knn_cache_reset: Optional[ChoiceEnum(CACHE_RESETS)] = field(
+        default=None,
+        metadata={
+            "help": "'document': the cache is emptied where a document begins, after an empty "
+            "line and where --sample-break-mode complete_doc begins one; 'none': never "
+            f"(default: {CACHE_RESETS[0]})"
+        },
+    )
     knn_tuned: bool = field(
         default=False,
         metadata={
-            "help": "take k, lambda, temperature, nprobe and distances from what "
+            "help": "take k, lambda, temperature, nprobe, distances and the cache from what "
             "fairseq-knnlm-tune chose and stored in the datastore"
         },
     )
@@ -103,6 +143,14 @@ class KNNLMConfig(LanguageModelingConfig):
             "(default there: an IVF-PQ index chosen from the size)"
         },
     )
+    knn_show_neighbors: int = field(
+        default=0,
+        metadata={
+            "help": "fairseq-interactive and fairseq-generate: print this many memories behind "
+            "each generated token, as N- lines, and the nearest that has the token itself "
+            "(default: 0, none)"
+        },
+    )
     # no help, so no flag: fairseq's own --path, to refuse an ensemble before it is loaded
     path: Optional[str] = II("common_eval.path")
 
@@ -135,10 +183,37 @@ def check_settings(cfg) -> None:
         "--knn-temperature", f"a finite number > 0, or {AUTO}", cfg.knn_temperature,
     )  # fmt: skip
     require(nprobe is None or nprobe >= 1, "--knn-nprobe", ">= 1", nprobe)
+    faults += _cache_faults(cfg, given)
+    show = cfg.knn_show_neighbors
+    require(show >= 0, "--knn-show-neighbors", ">= 0", show)
     if cfg.knn_tuned and not datastore_paths(cfg):
         faults.append("--knn-tuned needs the --knn-datastore that was tuned")
     if faults:
         raise UserError("fairseq_knnlm: " + "; ".join(faults))
+
+
+def _cache_faults(cfg, given: dict) -> list[str]:
+    """What is wrong with the flags of the continuous cache."""
+    faults = []
+    size, weight, theta = (given.get(f"cache_{name}") for name in ("size", "lambda", "theta"))
+    if size is not None and size < 0:
+        faults.append(f"--knn-cache-size must be >= 0, got {size}")
+    if weight is not None and not 0.0 <= weight <= 1.0:
+        faults.append(f"--knn-cache-lambda must be in [0, 1], got {weight}")
+    if theta is not None and not 0.0 <= theta < math.inf:
+        faults.append(f"--knn-cache-theta must be a finite number >= 0, got {theta}")
+    settings = Settings(**given)
+    both = settings.knn_lambda + settings.cache_lambda
+    if size and datastore_paths(cfg) and not faults and both > 1.0 + ROUNDING:
+        faults.append(
+            "--knn-lambda and --knn-cache-lambda must be at most 1 together, the weight of the "
+            f"language model being the rest, got {settings.knn_lambda} and {settings.cache_lambda}"
+        )
+    others = [name for name in given if name.startswith("cache_") and name != "cache_size"]
+    if others and not size and not cfg.knn_tuned:
+        flags = ", ".join(f"--knn-{name.replace('_', '-')}" for name in others)
+        faults.append(f"{flags} without --knn-cache-size, which is 0: there is no cache")
+    return faults
 
 
 def datastore_paths(cfg) -> list[str]:
@@ -150,6 +225,8 @@ class Settings(NamedTuple):
     """What is searched with, and how the neighbours are mixed in.
 
     temperature (float): or ``AUTO``, until the datastore has said what that is.
+    cache_size (int): 0: no cache.
+    cache_theta (float): None: as ``ContinuousCache`` chooses.
     """
 
     k: int = DEFAULT_K
@@ -157,6 +234,11 @@ class Settings(NamedTuple):
     temperature: Union[float, str] = DEFAULT_TEMPERATURE
     nprobe: int = DEFAULT_NPROBE
     distances: str = DEFAULT_DISTANCES
+    cache_size: int = 0
+    cache_lambda: float = DEFAULT_CACHE_LAMBDA
+    cache_theta: Optional[float] = None
+    cache_metric: str = METRICS[0]
+    cache_reset: str = CACHE_RESETS[0]
 
 
 def given_settings(cfg) -> dict:
@@ -166,8 +248,16 @@ def given_settings(cfg) -> dict:
         "knn_lambda": cfg.knn_lambda,
         "temperature": cfg.knn_temperature,
         "nprobe": cfg.knn_nprobe,
-        "distances": None if cfg.knn_distances is None else str(cfg.knn_distances),
+        "distances": cfg.knn_distances,
+        "cache_size": cfg.knn_cache_size,
+        "cache_lambda": cfg.knn_cache_lambda,
+        "cache_theta": cfg.knn_cache_theta,
+        "cache_metric": cfg.knn_cache_metric,
+        "cache_reset": cfg.knn_cache_reset,
     }
+    for name in ("distances", "cache_metric", "cache_reset"):
+        # an Enum of fairseq's
+        given[name] = None if given[name] is None else str(given[name])
     if given["temperature"] is not None:
         with contextlib.suppress(ValueError):
             given["temperature"] = float(given["temperature"])
@@ -180,8 +270,9 @@ def refuse_other_than_tuned(cfg, tuned: dict) -> None:
     Raises:
         UserError: naming all of them.
     """
+    tuned = {**Settings()._asdict(), **tuned}
     faults = [
-        f"--knn-{name.replace('knn_', '')} is {value}, {tuned[name]} was tuned"
+        f"--knn-{name.replace('knn_', '').replace('_', '-')} is {value}, {tuned[name]} was tuned"
         for name, value in given_settings(cfg).items()
         if value != tuned[name]
     ]

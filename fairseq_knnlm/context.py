@@ -24,11 +24,13 @@ class Block(NamedTuple):
 
     source (LongTensor): shape (T,), input tokens, left context first.
     target (LongTensor): shape (n,), the tokens to predict, n <= T; the last n inputs predict them.
+    starts_document (bool): whether it is known to begin a document.
     """
 
     index: int
     source: torch.Tensor
     target: torch.Tensor
+    starts_document: bool = False
 
 
 class BlockDataset(torch.utils.data.Dataset):
@@ -68,6 +70,7 @@ class BlockDataset(torch.utils.data.Dataset):
             document_starts = np.zeros(len(fed), dtype=bool)
         document_starts = np.array(document_starts, dtype=bool)
         document_starts[:1] = True
+        self._document_starts = document_starts
         first_block = np.maximum.accumulate(np.where(document_starts, np.arange(len(fed)), 0))
         self._context_sizes = np.minimum(context_window, starts - starts[first_block])
         if max_length is not None:
@@ -81,7 +84,8 @@ class BlockDataset(torch.utils.data.Dataset):
     def __getitem__(self, index: int) -> Block:
         item = self.dataset[index]
         target = item["target"][int(self.bos) :]
-        return Block(index, torch.cat(self._context(index) + [item["source"]]), target)
+        source = torch.cat(self._context(index) + [item["source"]])
+        return Block(index, source, target, bool(self._document_starts[index]))
 
     def _context(self, index: int) -> list[torch.Tensor]:
         missing = int(self._context_sizes[index])
@@ -156,6 +160,28 @@ def shard(chunks: Sequence[range], num_shards: int, shard_id: int) -> list[range
     return list(chunks[bounds[shard_id] : bounds[shard_id + 1]])
 
 
+def blocks_before(sizes: np.ndarray, first: int, tokens: int) -> range:
+    """The blocks before block *first* that hold the last *tokens* target tokens before it."""
+    ends = np.cumsum(np.asarray(sizes, dtype=np.int64))
+    before = int(ends[first - 1]) if first else 0
+    return range(int(np.searchsorted(ends, before - tokens, side="right")), first)
+
+
+def document_starts(targets, eos: int) -> np.ndarray:
+    """Rows at which documents begin: after an empty line, which is an eos right after an eos.
+
+    Args:
+        targets (array): shape (N,), the tokens of a text in order.
+        eos (int): id of the end of a line.
+
+    Returns:
+        ndarray: shape (M,), int64, ascending, the first of them 0.
+    """
+    ends = np.asarray(targets) == eos
+    empty = ends & np.append(True, ends[:-1])
+    return np.append(0, np.flatnonzero(empty[:-1] & ~empty[1:]) + 1)
+
+
 def plan_batches(lengths: Sequence[int], max_tokens: int, max_sentences: Optional[int]):
     """Group the blocks of a chunk into batches of similar length.
 
@@ -186,15 +212,29 @@ class ChunkCollater:
 
     - ``target`` (LongTensor): shape (N,), the targets of all blocks in corpus order;
     - ``target_lengths``: N of each block, a list;
+    - ``document_starts``: rows of ``target`` at which blocks begin that begin a document, a list;
+    - ``history`` (bool): whether it is there only for what comes after it to look back on;
     - ``batches``: dicts of ``src_tokens`` (B, T) and ``src_lengths`` (B,), padded on the right;
       ``positions`` (n,), the scored positions of the batch flattened to B * T; ``rows`` (n,),
       where they stand in ``target``.
+
+    Args:
+        pad (int): padding token id.
+        max_tokens, max_sentences (int): see ``plan_batches``.
+        first_block (int): index of the first block that is scored; those before are history.
     """
 
-    def __init__(self, pad: int, max_tokens: int, max_sentences: Optional[int] = None):
+    def __init__(
+        self,
+        pad: int,
+        max_tokens: int,
+        max_sentences: Optional[int] = None,
+        first_block: int = 0,
+    ):
         self.pad = pad
         self.max_tokens = max_tokens
         self.max_sentences = max_sentences
+        self.first_block = first_block
 
     def __call__(self, blocks: list[Block]) -> dict:
         if not blocks:  # fairseq pads unequal shards with empty batches
@@ -204,12 +244,17 @@ class ChunkCollater:
         plan = plan_batches(
             [len(block.source) for block in blocks], self.max_tokens, self.max_sentences
         )
+        history = blocks[0].index < self.first_block
         return {
             "id": torch.tensor([block.index for block in blocks]),
-            "ntokens": sum(target_lengths),
+            "ntokens": 0 if history else sum(target_lengths),
             "net_input": {},
             "target": torch.cat([block.target for block in blocks]),
             "target_lengths": target_lengths,
+            "document_starts": [
+                int(row) for row, block in zip(first_rows, blocks) if block.starts_document
+            ],
+            "history": history,
             "batches": [
                 self._batch([blocks[i] for i in members], first_rows[members]) for members in plan
             ],
@@ -253,6 +298,9 @@ def only_rows(sample: dict, start: int, stop: int) -> dict:
         **sample,
         "ntokens": stop - start,
         "target": sample["target"][start:stop],
+        "document_starts": [
+            row - start for row in sample["document_starts"] if start <= row < stop
+        ],
         "target_lengths": np.diff(ends, prepend=start).tolist(),
         "batches": batches,
     }

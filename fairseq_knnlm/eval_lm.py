@@ -83,6 +83,8 @@ class _CountingScorer:
         hypotheses = self._scorer.generate(models, sample)
         for (hypothesis,) in hypotheses:
             hypothesis["positional_scores"].clamp_(min=_IMPOSSIBLE)
+        if sample["history"]:
+            return hypotheses
         self._targets += len(sample["target"])
         for targets in sample["target"].cpu().split(sample["target_lengths"]):
             self._counted += len(targets) - int(torch.isin(targets[:-1], self._continued).sum())
@@ -98,7 +100,8 @@ class _CountingScorer:
         if impossible:
             logger.warning(
                 f"{impossible:,.0f} of {targets:,.0f} targets have probability 0, because no "
-                "neighbour has them and --knn-lambda is 1: perplexity is infinite"
+                "neighbour has them and --knn-lambda and --knn-cache-lambda leave no weight for "
+                "the language model: perplexity is infinite"
             )
             loss = math.inf
         return {"loss": loss, "perplexity": 2.0**loss}

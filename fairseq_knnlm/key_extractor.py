@@ -100,6 +100,7 @@ class KeyExtractor:
         layer (int): decoder layer, negative from the top.
 
     Attributes:
+        key (str), layer (int): which state, the layer counted from 0.
         dimension (int): D, size of a key.
         keys (Tensor): of the last forward pass, shape (T, B, D), the model's dtype.
 
@@ -116,6 +117,7 @@ class KeyExtractor:
                 f"fairseq_knnlm: --knn-key {key} does not exist at layer {layer} of this "
                 f"{'pre' if pre_norm else 'post'}-norm model: there is no layer norm there"
             )
+        self.key, self.layer = key, layer
         self.dimension = decoder.layers[layer].embed_dim
         self.keys = None
         self._handle = None

@@ -9,7 +9,7 @@ A file of neighbours is an ``.npz`` that ``np.load`` opens:
 - ``targets``, int64, shape (N,): token ids;
 - ``document_starts``, int64, shape (M,): rows at which documents begin, the first of them 0;
 - ``parts``, uint8, shape (N, k): which of 16 random parts of the datastore each neighbour is in;
-  not there in files of earlier releases;
+- ``queries``, float32, shape (N, D): the hidden states, where a continuous cache was tuned;
 - ``settings``, a string: JSON of what all this depends on (model, datastores, data, context, k).
 """
 
@@ -26,7 +26,7 @@ from .datastore import atomic_file
 from .errors import UserError
 
 FORMAT_VERSION = 1
-_ARRAYS = ("log_p_lm", "distances", "matches", "targets", "document_starts")
+_ARRAYS = ("log_p_lm", "distances", "matches", "targets", "document_starts", "parts")
 # A power of two; so many random parts make curves over datastore sizes, at one byte a neighbour.
 PARTS = 16
 # 2^32 over the golden ratio: Fibonacci hashing (Knuth, volume 3, section 6.4).
@@ -43,6 +43,7 @@ class Retrieved(NamedTuple):
     document_starts (ndarray): shape (M,), int64, rows at which documents begin.
     parts (ByteTensor): shape (N, k), which of ``PARTS`` random parts of the datastore a neighbour
         is in, see ``parts_of``.
+    queries (Tensor): shape (N, D), float32, the hidden states, for a continuous cache.
     """
 
     log_p_lm: torch.Tensor
@@ -51,6 +52,7 @@ class Retrieved(NamedTuple):
     targets: Optional[torch.Tensor] = None
     document_starts: Optional[np.ndarray] = None
     parts: Optional[torch.Tensor] = None
+    queries: Optional[torch.Tensor] = None
 
 
 def parts_of(ids: torch.Tensor) -> torch.Tensor:
@@ -123,13 +125,12 @@ def load(path: str, k: int) -> Retrieved:
     """
     with _opened(path) as file:
         parts = {name: file[name] for name in _ARRAYS}
-        random_parts = file["parts"] if "parts" in file else None
+        queries = file["queries"] if "queries" in file else None
         width = _settings_of(file)["k"]
         count = len(parts["log_p_lm"])
-        whole = parts["distances"].shape == (count, width) and len(parts["targets"]) == count
+        whole = all(parts[name].shape == (count, width) for name in ("distances", "parts"))
+        whole &= len(parts["targets"]) == count and (queries is None or len(queries) == count)
         if not whole or parts["matches"].shape != (count, -(-width // 8)):
-            raise ValueError("arrays of other shapes")
-        if random_parts is not None and random_parts.shape != (count, width):
             raise ValueError("arrays of other shapes")
     matches = np.unpackbits(parts["matches"], axis=1, count=k).view(bool)
     return Retrieved(
@@ -138,7 +139,8 @@ def load(path: str, k: int) -> Retrieved:
         torch.from_numpy(matches),
         torch.from_numpy(parts["targets"]),
         parts["document_starts"],
-        None if random_parts is None else torch.from_numpy(random_parts)[:, :k],
+        torch.from_numpy(parts["parts"])[:, :k],
+        None if queries is None else torch.from_numpy(queries),
     )
 
 

@@ -141,9 +141,8 @@ def _drawn(results: dict) -> dict:
         "temperature": _draw_temperature,
         "frequency": _draw_frequency,
         "log_ratio": _draw_log_ratio,
+        "size": _draw_size,
     }
-    if results["tables"]["size"]:
-        drawings["size"] = _draw_size
     drawn = {}
     with matplotlib.rc_context(_LOOK):
         for name, draw in drawings.items():

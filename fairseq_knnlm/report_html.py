@@ -57,10 +57,31 @@ def _header(results: dict) -> str:
         f"<header>\n<h1>Nearest neighbours on {escape(results['split'])}</h1>\n"
         f"<p>Perplexity of the model's tokens, lower is better; {escape(told)}.</p>\n"
         + _table([*names, "95% interval"], rows, text=2)
+        + _cache(tuned, reported)
         + f"\n{definitions(setting)}\n{stores}\n"
         f"<p>The same figure from <code>fairseq-eval-lm</code>:</p>\n"
         f"<pre>{escape(results['command'])}</pre>\n</header>"
     )
+
+
+def _cache(tuned: dict, reported) -> str:
+    """A table of what a continuous cache adds; nothing where none was tuned."""
+    rows = [
+        [
+            result["split"], words, _number(result[f"{name}_perplexity"]),
+            _percent(result[f"{name}_change{since}"]["value"]),
+            _interval(result[f"{name}_change{since}"]),
+        ]
+        for result in ([tuned] if reported in (None, tuned) else [tuned, reported])
+        for name, since, words in (
+            ("cache", "", "a cache alone, against the model alone"),
+            ("knn_cache", "", "neighbours and cache, against the model alone"),
+            ("knn_cache", "_from_knn", "neighbours and cache, against neighbours"),
+        )
+        if f"{name}_perplexity" in result
+    ]  # fmt: skip
+    names = ("split", "with a continuous cache", "perplexity", "change", "95% interval")
+    return "\n" + _table(names, rows, text=2) if rows else ""
 
 
 def _headline_row(role: str, result: dict) -> list[str]:
@@ -121,12 +142,6 @@ def _lambda_and_temperature(results: dict, figures: dict) -> Iterator[str]:
 
 
 def _size(results: dict, figures: dict) -> Iterator[str]:
-    if "size" not in figures:
-        yield (
-            "<p>Not known: the file of --knn-neighbors was written by an earlier release, which "
-            "did not keep where the neighbours lie in the datastore. Remove it and run again.</p>"
-        )
-        return
     same_k = results["tables"]["size"][0]["k"]
     yield _figures(
         figures,

@@ -5,13 +5,15 @@ batch by batch, then one search serves all its tokens.
 """
 
 import math
-from typing import NamedTuple, Optional
+from typing import Callable, NamedTuple, Optional
 
 import torch
 import torch.nn.functional as F
 
+from .cache import ContinuousCache
+from .context import document_starts
 from .errors import UserError
-from .interpolation import interpolate, knn_log_probs
+from .interpolation import knn_log_probs, mix
 from .key_extractor import KeyExtractor
 
 # Largest logits tensor, in elements; --softmax-batch can only make it smaller.
@@ -134,14 +136,54 @@ def encode_and_search(model, sample: dict, retriever, softmax_batch: int = 0):
     return encoded, retriever.search(encoded.keys)
 
 
+class CacheReader:
+    """A continuous cache that reads the samples of a text as they come, in order.
+
+    Args:
+        cache (ContinuousCache): of one size and one theta.
+        make_extractor (callable): takes a model, gives the extractor of its states.
+        weight (float): of p_cache in the mixture.
+        eos (int): id of the end of a line, where documents are to be kept apart; None where not.
+    """
+
+    def __init__(
+        self,
+        cache: ContinuousCache,
+        make_extractor: Callable,
+        weight: float,
+        eos: Optional[int] = None,
+    ):
+        self.make_extractor = make_extractor
+        self.weight = weight
+        self._cache = cache
+        self._eos = eos
+        # an empty line before the text
+        self._last = torch.tensor([eos or 0, eos or 0])
+
+    def log_probs(self, states, sample: dict):
+        """log p_cache of the targets of a sample, shape (N,), see ``ContinuousCache``."""
+        ((log_p,),) = self._cache.log_probs(states, sample["target"], self._resets(sample))
+        return log_p
+
+    def _resets(self, sample):
+        """Rows at which documents begin, also where the sample begins in the middle of one."""
+        if self._eos is None:
+            return []
+        text = torch.cat([self._last, sample["target"].cpu()])
+        self._last = text[-2:]
+        after_empty_lines = document_starts(text, self._eos) - 2
+        return sorted({*after_empty_lines[after_empty_lines >= 0], *sample["document_starts"]})
+
+
 class KNNScorer:
     """Scores the targets of a sample, in place of fairseq's ``SequenceScorer``.
 
     Args:
         softmax_batch (int): most tokens of one softmax; 0: as many as memory allows.
-        retriever (Retriever): searches the datastore; None for plain language model scores.
+        retriever (Retriever): searches the datastore; None without one.
         knn_lambda (float): weight of p_knn.
         temperature (float): T, divides the distances.
+        cache (CacheReader): the continuous cache; None without one.
         bos (int): id of a ``<s>`` that ``--add-bos-token`` put in front of each block and that
             fairseq expects among the scored tokens; None where there is none.
 
@@ -149,11 +191,20 @@ class KNNScorer:
         impossible (int): targets so far whose probability is 0.
     """
 
-    def __init__(self, softmax_batch=0, retriever=None, knn_lambda=0.0, temperature=1.0, bos=None):
+    def __init__(
+        self,
+        softmax_batch=0,
+        retriever=None,
+        knn_lambda=0.0,
+        temperature=1.0,
+        cache: Optional[CacheReader] = None,
+        bos=None,
+    ):
         self.softmax_batch = softmax_batch
         self.retriever = retriever
         self.knn_lambda = knn_lambda
         self.temperature = temperature
+        self.cache = cache
         self.bos = bos
         self.impossible = 0
 
@@ -161,7 +212,8 @@ class KNNScorer:
     def generate(self, models, sample: dict, **kwargs) -> list[list[dict]]:
         """Score a sample; the result has the form of fairseq's ``SequenceScorer.generate``.
 
-        ``positional_scores`` are log probabilities, -inf for a target that is impossible.
+        ``positional_scores`` are log probabilities, -inf for a target that is impossible. Of a
+        sample that is history there is no result: the cache reads it, nothing is scored.
 
         Raises:
             UserError: for an ensemble of models.
@@ -173,6 +225,9 @@ class KNNScorer:
             )
         model = models[0]
         model.eval()
+        if sample["history"]:
+            self._remember(model, sample)
+            return []
         log_p = self._log_probs(model, sample)
         self.impossible += int(log_p.isneginf().sum())
         lengths = sample["target_lengths"]
@@ -181,17 +236,34 @@ class KNNScorer:
             for tokens, scores in zip(sample["target"].split(lengths), log_p.split(lengths))
         ]
 
+    def _remember(self, model, sample):
+        with self.cache.make_extractor(model) as extractor:
+            encoded = encode(model, sample, extractor, log_probs=False)
+        self.cache.log_probs(encoded.keys, sample)
+
     def _log_probs(self, model, sample):
-        if self.retriever is None:
-            return encode(model, sample, softmax_batch=self.softmax_batch).log_p_lm
-        targets = sample["target"].cpu()
+        encoded, log_p_knn = self._encode(model, sample)
+        if self.cache is None:
+            return mix(encoded.log_p_lm, log_p_knn, knn_lambda=self.knn_lambda)
+        log_p_cache = self.cache.log_probs(encoded.keys, sample)
+        return mix(encoded.log_p_lm, log_p_knn, log_p_cache, self.knn_lambda, self.cache.weight)
 
-        def score(rows, found):
-            return knn_log_probs(found.distances, found.values, targets[rows], self.temperature)
+    def _encode(self, model, sample):
+        """``Encoded`` and log p_knn of the targets, None without a retriever."""
+        if self.retriever is not None:
+            targets = sample["target"].cpu()
 
-        encoded, scores = encode_and_map(model, sample, self.retriever, score, self.softmax_batch)
-        log_p_knn = torch.cat(scores).to(encoded.log_p_lm.device)
-        return interpolate(encoded.log_p_lm, log_p_knn, self.knn_lambda)
+            def score(rows, found):
+                return knn_log_probs(found.distances, found.values, targets[rows], self.temperature)
+
+            encoded, scores = encode_and_map(
+                model, sample, self.retriever, score, self.softmax_batch
+            )
+            return encoded, torch.cat(scores).to(encoded.log_p_lm.device)
+        if self.cache is None:
+            return encode(model, sample, softmax_batch=self.softmax_batch), None
+        with self.cache.make_extractor(model) as extractor:
+            return encode(model, sample, extractor, softmax_batch=self.softmax_batch), None
 
     def _hypothesis(self, tokens, scores) -> dict:
         if self.bos is not None:  # fairseq strips it again

@@ -13,7 +13,6 @@ import numpy as np
 import torch
 
 from .errors import UserError
-from .interpolation import interpolate
 from .metrics import perplexity
 from .neighbors_file import Retrieved
 
@@ -293,9 +292,3 @@ def temperature_at_an_end(settings: Sequence[Setting]) -> bool:
     temperatures = {setting.temperature for setting in settings}
     ends = min(temperatures), max(temperatures)
     return len(temperatures) > 1 and best(settings).temperature in ends
-
-
-def mixture(retrieved: Retrieved, setting: Setting) -> torch.Tensor:
-    """Log-probabilities of the targets at one setting, shape (N,), float32."""
-    (scores,) = log_p_knn(retrieved, [setting.k], setting.temperature)
-    return interpolate(retrieved.log_p_lm, scores, setting.knn_lambda)

@@ -4,6 +4,7 @@ Wires the parts together; besides ``cli/`` the only place that knows fairseq's c
 """
 
 import contextlib
+import functools
 import logging
 import os
 import types
@@ -17,9 +18,11 @@ from fairseq.models.transformer import TransformerDecoderBase
 from fairseq.tasks import register_task
 from fairseq.tasks.language_modeling import LanguageModelingTask
 
+from .cache import ContinuousCache
 from .checkpoints import allow_plain_data
 from .config import (
     AUTO,
+    DEFAULT_KEY,
     KNNLMConfig,
     Settings,
     check_settings,
@@ -27,12 +30,23 @@ from .config import (
     given_settings,
     refuse_other_than_tuned,
 )
-from .context import BlockDataset, ChunkCollater, refuse_oversized, shard, split_evenly
+from .context import (
+    BlockDataset,
+    ChunkCollater,
+    blocks_before,
+    refuse_oversized,
+    shard,
+    split_evenly,
+)
 from .errors import UserError
 from .eval_lm import use_scorer
 from .fingerprint import dictionary_fingerprint, weights_fingerprint
-from .scorer import KNNScorer
-from .tuned import SETTINGS, tuned_for
+from .generator import KNNGenerator, KNNModel, ReferenceScorer
+from .inspection import Inspector
+from .key_extractor import KeyExtractor
+from .memories import Memories
+from .scorer import CacheReader, KNNScorer
+from .tuned import tuned_for
 
 logger = logging.getLogger(__name__)
 
@@ -40,11 +54,11 @@ logger = logging.getLogger(__name__)
 allow_plain_data()
 
 # Target tokens of a chunk: as many as can be, since a search over it reads all keys once, ...
-CHUNK_TOKENS = 1 << 16
+CHUNK_TOKENS = 3 << 15
 # ... and few enough that the neighbours of all of them fit in this many bytes.
-NEIGHBORS_BYTES = 1 << 30
-# of two to three keys and distances for each, from which the nearest are taken
-_BYTES_PER_NEIGHBOR = 24
+NEIGHBORS_BYTES = 3 << 29
+# of two keys and distances for each, from which the nearest are taken
+_BYTES_PER_NEIGHBOR = 16
 
 
 @register_task("knnlm_lm", dataclass=KNNLMConfig)
@@ -76,7 +90,8 @@ class KNNLMTask(LanguageModelingTask):
             if args.knn_tuned:
                 tuned = tuned_for(paths)
                 refuse_other_than_tuned(args, tuned)
-                task.settings = Settings(**{name: tuned[name] for name in SETTINGS})
+                known = {name: tuned[name] for name in Settings._fields if name in tuned}
+                task.settings = Settings(**known)
             task.retriever = Retriever.open(
                 paths,
                 k=task.settings.k,
@@ -169,12 +184,22 @@ class KNNLMTask(LanguageModelingTask):
         return starts
 
     def chunk_iterator(
-        self, blocks, chunks, max_tokens, batch_size, num_workers=0, data_buffer_size=0
+        self,
+        blocks,
+        chunks,
+        max_tokens,
+        batch_size,
+        num_workers=0,
+        data_buffer_size=0,
+        first_block=0,
     ):
-        """Iterate over chunks of blocks as samples, in order, loaded by *num_workers* processes."""
+        """Iterate over chunks of blocks as samples, in order, loaded by *num_workers* processes.
+
+        Blocks before *first_block* are history.
+        """
         return iterators.EpochBatchIterator(
             dataset=blocks,
-            collate_fn=ChunkCollater(blocks.pad, max_tokens, batch_size),
+            collate_fn=ChunkCollater(blocks.pad, max_tokens, batch_size, first_block),
             batch_sampler=[list(chunk) for chunk in chunks],
             num_workers=num_workers,
             buffer_size=data_buffer_size,
@@ -215,8 +240,16 @@ class KNNLMTask(LanguageModelingTask):
         per_shard = -(-int(blocks.sizes.sum()) // (num_shards * self._chunk_tokens()))
         chunks = split_evenly(blocks.sizes, num_shards * max(1, per_shard))
         chunks = shard(chunks, num_shards, shard_id)
+        first_block = chunks[0].start if chunks else 0
+        history = blocks_before(blocks.sizes, first_block, self.settings.cache_size)
         return self.chunk_iterator(
-            blocks, chunks, max_tokens, batch_size, num_workers, data_buffer_size
+            blocks,
+            [history, *chunks] if history else chunks,
+            max_tokens,
+            batch_size,
+            num_workers,
+            data_buffer_size,
+            first_block,
         )
 
     def _chunk_tokens(self) -> int:
@@ -233,8 +266,100 @@ class KNNLMTask(LanguageModelingTask):
             retriever=self.retriever if self.settings.knn_lambda > 0 else None,
             knn_lambda=self.settings.knn_lambda,
             temperature=self.settings.temperature,
+            cache=self._make_cache(),
             bos=self.target_dictionary.bos() if self.args.add_bos_token else None,
         )
+
+    def _make_cache(self):
+        """The continuous cache that the flags ask for, or None."""
+        settings = self.settings
+        if not settings.cache_size:
+            return None
+        thetas = None if settings.cache_theta is None else [settings.cache_theta]
+        cache = ContinuousCache([settings.cache_size], thetas, settings.cache_metric)
+        keep_apart = settings.cache_reset == "document"
+        eos = self.target_dictionary.eos() if keep_apart else None
+        return CacheReader(cache, self.extractor, settings.cache_lambda, eos)
+
+    def extractor(self, model):
+        """An extractor of the states that are compared: what the datastore's keys are, or flags."""
+        if self.retriever is not None:
+            return self.retriever.extractor(model)
+        layer = -1 if self.args.knn_key_layer is None else self.args.knn_key_layer
+        return KeyExtractor(model.decoder, str(self.args.knn_key or DEFAULT_KEY), layer)
+
+    # -- generation ----------------------------------------------------------------------------
+
+    def build_dataset_for_inference(self, src_tokens, src_lengths, **kwargs):
+        """Prompts, or texts to score, as a dataset; on every numpy."""
+        with _numpy_compat():
+            return super().build_dataset_for_inference(src_tokens, src_lengths, **kwargs)
+
+    def build_generator(
+        self,
+        models,
+        args,
+        seq_gen_cls=None,
+        extra_gen_cls_kwargs=None,
+        prefix_allowed_tokens_fn=None,
+    ):
+        """What fairseq-generate, fairseq-interactive and the hub interface generate or score with.
+
+        Without a datastore or with lambda = 0 it is fairseq's own; so it is with ``args.knn``
+        False, which the hub interface sets by ``sample(text, knn=False)``.
+
+        Raises:
+            UserError: for what cannot be done with neighbours.
+        """
+        stock = super().build_generator
+        rest = (extra_gen_cls_kwargs, prefix_allowed_tokens_fn)
+        self._refuse_generation(args)
+        if not self._generates_with_neighbors(args):
+            return stock(models, args, seq_gen_cls, *rest)
+        mixture = {
+            "retriever": self.retriever,
+            "knn_lambda": self.settings.knn_lambda,
+            "temperature": self.settings.temperature,
+        }
+        if getattr(args, "score_reference", False):
+            return ReferenceScorer(self.target_dictionary, **mixture)
+        generator = functools.partial(KNNGenerator, memories=self._make_memories(args))
+        return stock(KNNModel(models, **mixture), args, generator, *rest)
+
+    def _generates_with_neighbors(self, args) -> bool:
+        wanted = getattr(args, "knn", True)
+        return wanted and self.retriever is not None and self.settings.knn_lambda > 0
+
+    def _refuse_generation(self, args) -> None:
+        faults = []
+        if self.settings.cache_size:
+            faults.append(
+                "the continuous cache is for fairseq-eval-lm: drop --knn-cache-size, or the "
+                "--knn-tuned that chose one"
+            )
+        if not self._generates_with_neighbors(args):
+            if self.args.knn_show_neighbors:
+                faults.append("--knn-show-neighbors needs --knn-datastore and --knn-lambda above 0")
+        elif getattr(args, "print_alignment", None):
+            faults.append("--print-alignment: a language model has no source to align with")
+        elif getattr(args, "constraints", None):
+            faults.append("--constraints: fairseq has them for translation only")
+        if faults:
+            raise UserError(f"fairseq_knnlm: {'; '.join(faults)}")
+
+    def _make_memories(self, args):
+        """What ``--knn-show-neighbors`` asks for, or None."""
+        if not self.args.knn_show_neighbors:
+            return None
+        datastores = self.retriever.datastores
+        inspector = Inspector(
+            datastores,
+            self.target_dictionary,
+            self.settings.knn_lambda,
+            self.settings.temperature,
+            self.args.knn_show_neighbors,
+        )
+        return Memories(inspector, args.nbest, len(datastores))
 
 
 def starting_temperature(datastore) -> float:

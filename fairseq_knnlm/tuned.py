@@ -14,8 +14,6 @@ from .datastore import TUNED, read_manifest, render, write_atomically
 from .errors import UserError
 
 FORMAT_VERSION = 1
-# What a search or a mixture is done with, of all that is stored.
-SETTINGS = ("k", "knn_lambda", "temperature", "nprobe", "distances")
 
 
 def save_tuned(paths: Sequence[str], tuned: dict) -> str:
@@ -23,7 +21,7 @@ def save_tuned(paths: Sequence[str], tuned: dict) -> str:
 
     Args:
         paths: their directories.
-        tuned (dict): JSON; ``SETTINGS`` among it.
+        tuned (dict): JSON; what a search and a mixture are done with among it.
 
     Returns:
         str: the file.

@@ -8,7 +8,7 @@ import pytest
 from conftest import REPOSITORY, evaluate, run
 
 SCRIPT = REPOSITORY / "examples" / "benchmark" / "benchmark.py"
-KS, SHARES = (2, 16), (1.0, 0.25)
+KS, SHARES, CACHES = (2, 16), (1.0, 0.25), (20, 1000)
 TYPES = ["Flat", "IVF8,Flat", "IVF8,PQ16x4fs"]
 
 
@@ -21,7 +21,9 @@ def measured(data, checkpoints, datastores, tmp_path_factory):
         "--tokens-per-sample", 32, "--max-tokens", 128, "--num-workers", 0,
         "--knn-index", "IVF8,PQ16x4fs", "--knn-nprobe", 4, "--k", *KS, "--shares", *SHARES,
         "--knn-datastore", datastores["adaptive"],
+        "--cache-sizes", *CACHES,
         "--tokens", 300, "--queries", 200, "--straightforward-tokens", 150, "--repeats", 1,
+        "--generated", 6,
         "--index-types", *TYPES, "--index-queries", 100, "--work", folder / "work",
         "--json", folder / "results.json", "--plot", folder / "results.png",
     )  # fmt: skip
@@ -47,6 +49,10 @@ def test_every_row_is_there(results):
         assert {(row["k"], row["distances"]) for row in ours} == settings
         assert len(ours) == len(settings)
     assert len(rows_of(results, "straightforward")) == len(SHARES)
+    for size in CACHES:
+        of_cache = rows_of(results, f"cache of {size:,}")
+        assert [row["share"] for row in of_cache] == list(SHARES)
+        assert all(row["tokens_per_s"] > 0 for row in of_cache)
     assert len(rows_of(results, "exhaustive")) == len(SHARES) * len(KS)
     types = [(row["factory"], row["k"], row["distances"]) for row in results["index_types"]]
     assert sorted(types) == sorted((name, *setting) for name in TYPES for setting in settings)
@@ -54,9 +60,20 @@ def test_every_row_is_there(results):
 
 def test_tables_and_plot_are_made(measured):
     folder, printed = measured
-    for heading in ("model alone", "datastore", "method", "growth", "ratio", "index"):
+    for heading in ("model alone", "datastore", "method", "generation", "growth", "ratio", "index"):
         assert any(line.startswith(heading) for line in printed.splitlines()), heading
     assert (folder / "results.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_generation_takes_as_many_steps_with_neighbours(results):
+    rows = results["generation"]
+    assert [row["k"] for row in rows] == [None, *KS] * 2
+    # two prompts of 8 tokens, 6 behind them, and </s>
+    assert {row["tokens"] for row in rows} == {2 * 15}
+    for row in rows:
+        assert row["runs_s"] == [pytest.approx(row["tokens"] / row["tokens_per_s"])]
+    for alone, row in [(rows[3 * (number // 3)], row) for number, row in enumerate(rows)]:
+        assert row["of_alone"] == pytest.approx(row["tokens_per_s"] / alone["tokens_per_s"])
 
 
 def test_ratios_are_those_of_the_rows(results):

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from fairseq_knnlm.bootstrap import BLOCK_TOKENS, document_starts, paired_interval
+from fairseq_knnlm.bootstrap import BLOCK_TOKENS, paired_interval
 
 EOS = 2
 
@@ -89,10 +89,3 @@ def test_an_impossible_token_makes_the_change_infinite():
     found = paired_interval(first, second, starts)
     assert found.value == found.high == math.inf
     assert found.low < 0
-
-
-def test_documents_begin_after_empty_lines():
-    text = [5, 6, EOS, EOS, 7, EOS, 8, EOS, EOS, EOS, 9, EOS, EOS]
-    assert document_starts(text, EOS).tolist() == [0, 4, 10]
-    assert document_starts([EOS, 5, EOS], EOS).tolist() == [0, 1]
-    assert document_starts([5, 6, 7], EOS).tolist() == [0]

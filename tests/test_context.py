@@ -14,6 +14,7 @@ from fairseq_knnlm.context import (
     Block,
     BlockDataset,
     ChunkCollater,
+    document_starts,
     plan_batches,
     plan_chunks,
     refuse_oversized,
@@ -272,3 +273,10 @@ def test_collater_of_one_block_without_context():
     assert batch["positions"].tolist() == [1, 2]
     assert batch["rows"].tolist() == [0, 1]
     assert sample["id"].tolist() == [3]
+
+
+def test_documents_begin_after_empty_lines():
+    text = [5, 6, EOS, EOS, 7, EOS, 8, EOS, EOS, EOS, 9, EOS, EOS]
+    assert document_starts(text, EOS).tolist() == [0, 4, 10]
+    assert document_starts([EOS, 5, EOS], EOS).tolist() == [0, 1]
+    assert document_starts([5, 6, 7], EOS).tolist() == [0]

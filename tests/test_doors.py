@@ -9,23 +9,23 @@ PACKAGE = Path(__file__).resolve().parent.parent / "fairseq_knnlm"
 
 # A room imports only from the floors below its own.
 FLOORS = [
-    ["errors", "html_page", "version"],
+    ["errors", "html_page", "near_pairs", "version"],
     ["bootstrap", "checkpoints", "fingerprint", "interpolation", "list_search", "metrics"],
     ["cache", "context", "datastore", "index", "inspection", "key_extractor"],
     ["datastore_writer", "neighbors_file", "retriever", "tuned"],
-    ["scorer", "generator", "inspection_html", "inspection_text", "report_html", "sweep"],
-    ["analysis", "config", "eval_lm", "temperature"],
+    ["cache_sweep", "scorer", "inspection_html", "inspection_text", "report_html", "sweep"],
+    ["analysis", "config", "estimate", "eval_lm", "generator", "memories", "temperature"],
     ["report", "task"],
     ["__init__"],
-    ["cli"],
+    ["cli", "hub"],
 ]
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
 
 # What only some rooms may import.
 GUARDED = {
-    "fairseq": {"config", "task", "generator", "cli"},
+    "fairseq": {"config", "task", "generator", "hub", "cli"},
     "fairseq_cli": {"cli"},
-    "omegaconf": {"config", "task", "generator", "cli"},
+    "omegaconf": {"config", "task", "generator", "hub", "cli"},
     "faiss": {"index"},
     "matplotlib": {"report"},
 }

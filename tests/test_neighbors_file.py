@@ -23,6 +23,7 @@ def retrieved():
         torch.arange(7),
         np.array([0, 4]),
         torch.from_numpy(chance.integers(16, size=(7, 11)).astype(np.uint8)),
+        torch.from_numpy(chance.normal(size=(7, 5)).astype(np.float32)),
     )
 
 
@@ -55,10 +56,10 @@ def test_fewer_neighbours_are_the_nearest(retrieved, path):
     assert equal(found, expected)
 
 
-def test_a_file_of_an_earlier_release_has_no_parts(retrieved, path):
-    neighbors_file.save(path, retrieved._replace(parts=None), SETTINGS)
+def test_hidden_states_are_there_for_a_cache_only(retrieved, path):
+    neighbors_file.save(path, retrieved._replace(queries=None), SETTINGS)
     found = neighbors_file.load(path, 11)
-    assert found.parts is None and equal(found[:-1], retrieved[:-1])
+    assert found.queries is None and equal(found[:-1], retrieved[:-1])
 
 
 def test_parts_are_of_equal_size_and_of_the_id_alone():

@@ -352,14 +352,6 @@ def test_one_split_is_told_plainly(found, tmp_path, splits):
     assert "figures of the same split: better than they will be on another text" in text
 
 
-def test_without_parts_it_says_what_is_missing(found, tmp_path):
-    old = found.reported_on._replace(parts=None)
-    assert analysis.tune_sizes(old, 1.0) == []
-    text = open(write(found, tmp_path, retrieved=old, sizes=[]), encoding="utf-8").read()
-    assert "was written by an earlier release" in text
-    assert not (tmp_path / "size.png").exists()
-
-
 @pytest.mark.parametrize("knn_lambda, result", [(0.0, 12.0), (1.0, math.inf)])
 def test_neighbours_that_never_help_and_a_lambda_that_is_impossible(
     found, tmp_path, knn_lambda, result

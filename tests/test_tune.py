@@ -13,7 +13,7 @@ import pytest
 from conftest import build, command, evaluate, knnlm, run
 from fairseq.logging import progress_bar
 
-from fairseq_knnlm.cli import retrieval, tune
+from fairseq_knnlm.cli import choice, retrieval, tune
 from fairseq_knnlm.datastore import MANIFEST, read_manifest, render
 from fairseq_knnlm.errors import UserError
 from fairseq_knnlm.tuned import read_tuned
@@ -407,7 +407,7 @@ def test_a_datastore_that_cannot_be_written_to_is_tuned_all_the_same(tuned, monk
     def fail(*args):
         raise PermissionError("read-only")
 
-    monkeypatch.setattr(tune, "save_tuned", fail)
+    monkeypatch.setattr(choice, "save_tuned", fail)
     assert "cannot be stored in the datastore" in tuned()["log"]
 
 

@@ -12,18 +12,26 @@ import matplotlib.pyplot as plt  # noqa: E402
 # Okabe and Ito's colours, told apart by colour-blind readers as well; markers tell them in grey.
 BASE, CURVE, BEST = "#000000", "#0072B2", "#D55E00"
 
+# Names of methods and of their changes in the JSON of fairseq-knnlm-tune, and in words.
+METHODS = (
+    ("base", None, "language model"),
+    ("cache", "cache_change", "+ continuous cache"),
+    ("knn", "relative_change", "+ nearest neighbours"),
+    ("knn_cache", "knn_cache_change", "+ nearest neighbours and cache"),
+)
+BESIDES = "knn_cache_change_from_knn"
 
-def write_report(work, tuned, base, knn, seconds):
+
+def write_report(work, tuned, evaluated, seconds):
     """Print the table; write results.json and perplexity.png to the folder *work*.
 
     Args:
         work (Path): folder.
         tuned (dict): what ``fairseq-knnlm-tune`` wrote.
-        base (tuple): tokens and perplexity of the language model on test.
-        knn (tuple): the same with neighbours.
+        evaluated (dict): tokens and perplexity on test that ``fairseq-eval-lm`` gave, by method.
         seconds (dict): duration of every step.
     """
-    results = collect(tuned, base, knn, seconds)
+    results = collect(tuned, evaluated, seconds)
     with open(work / "results.json", "w", encoding="utf-8") as file:
         json.dump(results, file, indent=1)
         file.write("\n")
@@ -33,51 +41,56 @@ def write_report(work, tuned, base, knn, seconds):
     print(f"The same: {shown / 'results.json'}; the plot: {shown / 'perplexity.png'}")
 
 
-def collect(tuned, base, knn, seconds):
+def collect(tuned, evaluated, seconds):
     """All figures of the demonstration in one dictionary."""
-    (tokens, base_perplexity), (knn_tokens, knn_perplexity) = base, knn
-    if tokens != knn_tokens:
-        raise ValueError(f"test has {tokens} tokens without neighbours and {knn_tokens} with them")
-    best = tuned["best"]
+    valid, test = tuned["tuned_on"], tuned["reported_on"]
+    for name, (tokens, perplexity) in evaluated.items():
+        expected = round(test[f"{name}_perplexity"], 2)
+        # the log has two decimals
+        if tokens != test["tokens"] or abs(perplexity - expected) > 0.011:
+            raise ValueError(
+                f"fairseq-eval-lm gave {perplexity} over {tokens} tokens with {name}, "
+                f"fairseq-knnlm-tune {expected} over {test['tokens']}"
+            )
     return {
-        "valid": {
-            "tokens": tuned["tuned_on"]["tokens"],
-            "base_perplexity": tuned["tuned_on"]["base_perplexity"],
-            "knn_perplexity": best["perplexity"],
-        },
-        "test": {
-            "tokens": tokens,
-            "base_perplexity": base_perplexity,
-            "knn_perplexity": knn_perplexity,
-        },
-        "knn": {"k": best["k"], "lambda": best["knn_lambda"], "temperature": best["temperature"]},
+        "valid": valid,
+        "test": test,
+        "knn": tuned["best"],
+        "knn_cache": tuned["best_knn_cache"],
         "seconds": {**seconds, "total": sum(seconds.values())},
     }
 
 
 def table(results):
     """The lines of the table that the demonstration ends with."""
-    valid, test, knn = results["valid"], results["test"], results["knn"]
-    yield f"{'perplexity (lower is better)':<44}{'valid':>12}{'test':>12}"
-    yield f"{'  language model':<44}" + "".join(
-        f"{split['base_perplexity']:>12.2f}" for split in (valid, test)
-    )
-    yield f"{'  with its nearest neighbours':<44}" + "".join(
-        f"{split['knn_perplexity']:>12.2f}" for split in (valid, test)
-    )
-    yield f"{'  change':<44}" + "".join(
-        f"{split['knn_perplexity'] / split['base_perplexity'] - 1:>12.1%}"
-        for split in (valid, test)
-    )
-    yield f"{'tokens':<44}{valid['tokens']:>12,}{test['tokens']:>12,}"
+    valid, test = results["valid"], results["test"]
+    yield f"{'perplexity (lower is better)':<36}{'valid':>9}{'test':>9}{'change':>9}  95% interval"
+    for name, change, words in METHODS:
+        perplexities = "".join(f"{split[f'{name}_perplexity']:>9.2f}" for split in (valid, test))
+        yield f"  {words:<34}{perplexities}{with_interval(test.get(change))}"
+    yield f"  {'the cache, besides neighbours':<52}" + with_interval(test[BESIDES])
+    yield f"{'tokens':<36}{valid['tokens']:>9,}{test['tokens']:>9,}"
+    knn, both = results["knn"], results["knn_cache"]
     yield (
-        f"neighbours: k {knn['k']}, lambda {knn['lambda']:.3f}, temperature "
-        f"{knn['temperature']:.3g}: tuned on valid, reported on test"
+        f"neighbours: k {knn['k']}, temperature {knn['temperature']:.3g}, lambda "
+        f"{knn['knn_lambda']:.3f}; with a cache of {both['cache_size']}, theta "
+        f"{both['cache_theta']:.3g}:"
+    )
+    yield (
+        f"lambda {both['knn_lambda']:.3f}, weight of the cache {both['cache_lambda']:.3f}. "
+        "Tuned on valid, reported on test"
     )
     yield ""
     yield f"{'step':<44}{'seconds':>12}"
     for step, duration in results["seconds"].items():
         yield f"  {step:<42}{duration:>12.0f}"
+
+
+def with_interval(change):
+    """A relative change of perplexity on test and its 95% interval; nothing for None."""
+    if change is None:
+        return ""
+    return f"{change['value']:>9.1%}  {change['low']:.1%} to {change['high']:.1%}"
 
 
 def plot(tuned, path):

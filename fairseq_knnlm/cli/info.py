@@ -68,6 +68,17 @@ def _describe_tuned(tuned: dict, manifest: dict) -> str:
     others = len(tuned["datastores"]) - 1
     return (
         f"tuned        k {tuned['k']}, lambda {tuned['knn_lambda']:g}, temperature "
-        f"{tuned['temperature']:g}, nprobe {tuned['nprobe']}, {tuned['distances']} distances, on "
-        f"{tuned['tuned_on']['split']}" + (f", with {others} other datastores" if others else "")
+        f"{tuned['temperature']:g}, nprobe {tuned['nprobe']}, {tuned['distances']} distances"
+        + _describe_cache(tuned)
+        + f", on {tuned['tuned_on']['split']}"
+        + (f", with {others} other datastores" if others else "")
+    )
+
+
+def _describe_cache(tuned: dict) -> str:
+    if not tuned.get("cache_size"):
+        return ""
+    return (
+        f", cache {tuned['cache_size']} of weight {tuned['cache_lambda']:g}, theta "
+        f"{tuned['cache_theta']:g}"
     )

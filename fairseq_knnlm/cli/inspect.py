@@ -73,6 +73,11 @@ def run(cfg, args):
     span = _check(cfg, args)
     lines = read_lines(args.passage) if args.passage else None
     task, model = common.load_task_and_model(cfg)
+    if task.settings.cache_size:
+        raise UserError(
+            "fairseq_knnlm: fairseq-knnlm-inspect shows neighbours, no continuous cache: give k, "
+            "lambda and temperature as flags, without --knn-cache-size and --knn-tuned"
+        )
     if lines is None:
         dataset = common.load_split(task, cfg, cfg.dataset.gen_subset)
         _refuse_beyond(span, int(dataset.sizes.sum()), cfg.dataset.gen_subset)

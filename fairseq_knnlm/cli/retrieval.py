@@ -1,4 +1,4 @@
-"""The neighbours of a whole split: found by model and search, or read where they were kept."""
+"""What a whole split is tuned with: found by model and search, or read where it was kept."""
 
 import logging
 import os
@@ -6,11 +6,11 @@ import os
 import numpy as np
 import torch
 
-from ..bootstrap import document_starts
+from ..context import document_starts
 from ..errors import UserError
-from ..fingerprint import file_fingerprint
+from ..fingerprint import file_fingerprint, weights_fingerprint
 from ..neighbors_file import Retrieved, load, parts_of, refuse_other, save
-from ..scorer import encode_and_map
+from ..scorer import encode, encode_and_map
 from . import common
 
 logger = logging.getLogger("fairseq_knnlm.retrieval")
@@ -24,6 +24,7 @@ class Retrieval:
         task (KNNLMTask), model: as ``common.load_task_and_model`` gives them.
         split (str): of the data.
         path (str): file of neighbours; read if it is there, else written. None: neither.
+        keep_queries (bool): keep the hidden states as well.
 
     Attributes:
         split (str): of the data.
@@ -33,8 +34,9 @@ class Retrieval:
         UserError: if there is no such split, it has no known word, or the file is of others.
     """
 
-    def __init__(self, cfg, task, model, split: str, path=None):
+    def __init__(self, cfg, task, model, split: str, path=None, keep_queries=False):
         self.split = split
+        self._keep_queries = keep_queries
         self._cfg, self._task, self._model, self._path = cfg, task, model, path
         self._dataset = common.load_split(task, cfg, split)
         self._refuse_unknown_words()
@@ -61,18 +63,27 @@ class Retrieval:
             )
 
     def _settings(self) -> dict:
-        retriever = self._task.retriever
+        retriever, extractor = self._task.retriever, self._task.extractor(self._model)
+        datastores = [] if retriever is None else retriever.datastores
         folder = self._cfg.task.data.split(os.pathsep)[0]
         files = [os.path.join(folder, f"{self.split}.{kind}") for kind in ("idx", "bin")]
-        return {
-            "model": retriever.datastores[0].manifest["model"]["sha256"],
-            "datastores": [each.manifest["checksum"] for each in retriever.datastores],
+        settings = {
+            "model": self._model_fingerprint(),
+            "datastores": [each.manifest["checksum"] for each in datastores],
             "data": {"split": self.split, "sha256": file_fingerprint(*files)},
             "context": common.context_settings(self._cfg),
-            "k": retriever.k,
+            "k": 0 if retriever is None else retriever.k,
             "nprobe": self._task.settings.nprobe,
             "distances": self._task.settings.distances,
         }
+        if self._keep_queries:
+            settings["queries"] = [extractor.key, extractor.layer]
+        return settings
+
+    def _model_fingerprint(self) -> str:
+        if self._task.retriever is None:
+            return weights_fingerprint(self._model)
+        return self._task.retriever.datastores[0].manifest["model"]["sha256"]
 
     def _make_samples(self):
         dataset, eval_lm = self._cfg.dataset, self._cfg.eval_lm
@@ -103,6 +114,7 @@ class Retrieval:
         matches = torch.empty(count, k, dtype=torch.bool)
         targets = torch.empty(count, dtype=torch.long)
         parts = torch.empty(count, k, dtype=torch.uint8)
+        queries = self._room_for_queries(count)
         device = next(self._model.parameters()).device
         progress = common.with_progress(self._cfg, self._samples, prefix=f"retrieve {self.split}")
         done = 0
@@ -118,14 +130,26 @@ class Retrieval:
                 matches[into] = (found.values == targets[into].unsqueeze(1)) & (found.ids >= 0)
                 parts[into] = parts_of(found.ids)
 
-            encoded, _ = encode_and_map(
-                self._model, sample, self._task.retriever, keep, self._cfg.eval_lm.softmax_batch
-            )
+            encoded = self._encode(sample, keep)
             log_p_lm[rows] = encoded.log_p_lm
+            if queries is not None:
+                queries[rows] = encoded.keys
             done = rows.stop
             progress.log({"tokens": done}, tag=f"retrieve_{self.split}", step=number)
         starts = self._document_starts(targets)
-        return Retrieved(log_p_lm, distances, matches, targets, starts, parts)
+        return Retrieved(log_p_lm, distances, matches, targets, starts, parts, queries)
+
+    def _room_for_queries(self, count: int):
+        if not self._keep_queries:
+            return None
+        return torch.empty(count, self._task.extractor(self._model).dimension)
+
+    def _encode(self, sample, keep):
+        retriever, softmax_batch = self._task.retriever, self._cfg.eval_lm.softmax_batch
+        if retriever is not None:
+            return encode_and_map(self._model, sample, retriever, keep, softmax_batch)[0]
+        with self._task.extractor(self._model) as extractor:
+            return encode(self._model, sample, extractor, softmax_batch=softmax_batch)
 
     def _document_starts(self, targets) -> np.ndarray:
         starts = document_starts(targets.numpy(), self._task.target_dictionary.eos())
