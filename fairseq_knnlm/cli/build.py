@@ -272,14 +272,18 @@ def _dump(cfg, task, model, extractor, blocks, chunks, writer) -> None:
     samples = _samples(cfg, task, blocks, chunks.values())
     progress = common.with_progress(cfg, samples, prefix="dump")
     entries = 0
-    # one chunk is copied from the device and written while the model is at the next one
+    # one chunk is copied from a GPU and written while the model is at the next one; on a CPU that
+    # would only take a core from the model
     with ThreadPoolExecutor(1) as background:
         writing = None
         for number, sample in zip(chunks, progress):
             encoded = encode(model, common.to_device(sample, device), extractor, log_probs=False)
             if writing is not None:
                 writing.result()
-            writing = background.submit(_write, writer, number, encoded.keys, sample["target"])
+            if device.type == "cpu":
+                _write(writer, number, encoded.keys, sample["target"])
+            else:
+                writing = background.submit(_write, writer, number, encoded.keys, sample["target"])
             entries += sample["ntokens"]
             progress.log({"entries": entries}, tag="dump", step=number)
         if writing is not None:
