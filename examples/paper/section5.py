@@ -1,0 +1,172 @@
+"""Section 5: keys (Table 5), neighbours (Figure 4), interpolation (Figure 5), precision.
+
+The paper: the input of the last feed-forward network after its layer norm is the best key; more
+neighbours help, with diminishing return; quantised distances cost half of the gain.
+"""
+
+import section4_1
+from recipe import knn_name
+from report import FAILS, HOLDS, Panel, Plot, Section, Table, Trend, all_of, lowers, percent
+
+TITLE = "Section 5: tuning nearest neighbour search"
+CHOSEN = "ffn-input"
+# Table 5: the --knn-key, the paper's words for it, its perplexity of valid.
+KEYS = {
+    "output": ("model output", "17.07"),
+    "output-after-norm": ("model output after layer norm", "17.01"),
+    CHOSEN: ("FFN input after layer norm", "16.06"),
+    "ffn-input-before-norm": ("FFN input before layer norm", "17.06"),
+    "attn-input": ("attention input after layer norm", "16.76"),
+    "attn-input-before-norm": ("attention input before layer norm", "17.14"),
+}
+# Figure 4, read off the plot, valid.
+PAPER_K = [(1, 17.6), (2, 17.3), (8, 16.8), (64, 16.3), (256, 16.2), (1024, 16.1)]
+QUANTISED = "knn-distances-index"
+
+
+def _name(lab, key):
+    return lab.knn if key == CHOSEN else f"key-{key}"
+
+
+def steps(lab):
+    """A datastore for every key; the other distances in the first of them."""
+    section4_1.steps(lab)
+    model = lab.model(lab.scale.main)
+    for key in KEYS:
+        if key != CHOSEN:
+            flags = ("--knn-key", key)
+            datastore = lab.datastore(model, model.data, *flags, suffix=f"-{key}")
+            lab.evaluate(_name(lab, key), model, model.data, [datastore])
+    datastore = lab.datastore(model, model.data)
+    lab.evaluate(QUANTISED, model, model.data, [datastore], "--knn-distances", "index")
+
+
+def results(lab):
+    """Table 5, Figures 4 and 5, and the precision, with ours beside the paper's."""
+    keys, key_trend = _keys(lab)
+    k_table, k_trend, k_plot = _neighbours(lab)
+    precision, precision_trend = _precision(lab)
+    best = lab.tuned(lab.knn)["best"]
+    return Section(
+        TITLE,
+        f"`{lab.scale.main.name}`, as in section 4.1; every key and k with its own lambda and "
+        "temperature.",
+        [keys, k_table, precision],
+        [key_trend, *k_trend, precision_trend],
+        [k_plot, _interpolation(lab, best)],
+    )
+
+
+def _keys(lab):
+    changes = {key: lab.change(lab.lm, _name(lab, key)) for key in KEYS}
+    rivals = {key: lab.change(_name(lab, key), lab.knn) for key in KEYS if key != CHOSEN}
+    rows = [["none", "17.96", f"{lab.perplexity(lab.lm, 'valid'):.2f}",
+             f"{lab.perplexity(lab.lm):.2f}", "", ""]]  # fmt: skip
+    for key, (words, paper) in KEYS.items():
+        best = lab.tuned(_name(lab, key))["best"]
+        rows.append(
+            [f"{words} (`{key}`)", paper, f"{best['perplexity']:.2f}",
+             f"{lab.perplexity(_name(lab, key)):.2f}", percent(changes[key]),
+             percent(rivals[key]) if key in rivals else ""]
+        )  # fmt: skip
+    table = Table(
+        "Table 5: the key",
+        ["key", "paper, valid", "here, valid", "test", "change of test", "chosen key against it"],
+        rows,
+    )
+    trend = Trend(
+        "the FFN input after layer norm is the best key",
+        all_of(map(lowers, rivals.values())),
+        "Against the others, in the order of the table: "
+        + "; ".join(map(percent, rivals.values())) + ".",
+    )  # fmt: skip
+    return table, trend
+
+
+def _neighbours(lab):
+    rows = lab.curve(lab.knn, "k")
+    curve = [(row["k"], row["perplexity"]) for row in rows]
+    paper = dict(PAPER_K)
+    base = lab.perplexity(lab.lm, "valid")
+    table = Table(
+        "Figure 4: neighbours per query, valid",
+        ["k", "paper (read off the plot)", "here", "lambda"],
+        [
+            [str(row["k"]), f"{paper[row['k']]}" if row["k"] in paper else "",
+             f"{row['perplexity']:.2f}", f"{row['knn_lambda']:.3f}"]
+            for row in rows
+        ],
+    )  # fmt: skip
+    falls = all(after <= before for (_, before), (_, after) in zip(curve, curve[1:]))
+    # the gain of the last two doublings beside the gain of the two before, in perplexity
+    last, before = curve[-3][1] - curve[-1][1], curve[-5][1] - curve[-3][1]
+    trends = [
+        Trend(
+            "more neighbours never hurt",
+            HOLDS if falls else FAILS,
+            f"From {curve[0][1]:.2f} at k = 1 to {curve[-1][1]:.2f} at k = {curve[-1][0]:,} "
+            "(valid, where lambda and temperature are tuned for each).",
+        ),
+        Trend(
+            "the return of more neighbours diminishes",
+            HOLDS if last < before else FAILS,
+            f"{last:.2f} gained by the last two doublings, {before:.2f} by the two before.",
+        ),
+    ]
+    plot = Plot(
+        "figure4",
+        "Figure 4: perplexity of valid against the number of neighbours",
+        [
+            Panel("paper, read off its plot", "k", "perplexity", {"kNN-LM": PAPER_K},
+                  {"language model": 17.96}, 2),
+            Panel("here", "k", "perplexity", {"kNN-LM": curve}, {"language model": base}, 2),
+        ],
+    )  # fmt: skip
+    return table, trends, plot
+
+
+def _interpolation(lab, best):
+    series = {"in domain": _lambda_curve(lab, lab.knn)}
+    source, target = lab.scale.domains[0]
+    adapted = knn_name(source, target)
+    if lab.tuned(adapted):
+        series["domain adaptation"] = _lambda_curve(lab, adapted)
+    return Plot(
+        "figure5",
+        "Figure 5: perplexity of valid against lambda, relative to no neighbours",
+        [Panel("here (paper: best at 0.25 in domain, 0.65 in adaptation)", "lambda",
+               "perplexity / language model's", series)],
+    )  # fmt: skip
+
+
+def _lambda_curve(lab, name):
+    rows = lab.curve(name, "lambda")
+    base = rows[0]["perplexity"]
+    return [
+        (row["knn_lambda"], row["perplexity"] / base)
+        for row in rows
+        if row["perplexity"] and row["perplexity"] < 1.3 * base
+    ]
+
+
+def _precision(lab):
+    change = lab.change(QUANTISED, lab.knn)
+    rows = [
+        [words, paper, f"{lab.tuned(name)['best']['perplexity']:.2f}",
+         f"{lab.perplexity(name):.2f}", percent(lab.change(lab.lm, name))]
+        for words, paper, name in (
+            ("quantised", "16.5", QUANTISED), ("exact", "16.06", lab.knn),
+        )
+    ]  # fmt: skip
+    table = Table(
+        "Precision of the distances",
+        ["distances", "paper, valid", "here, valid", "test", "change of test"],
+        rows,
+    )
+    trend = Trend(
+        "exact distances are better than quantised ones",
+        lowers(change),
+        f"{percent(change)}; in the paper -2.7% (valid). The index here has finer codes for its "
+        "dimension than the paper's: 64 bytes for 256 numbers, not for 1,024.",
+    )
+    return table, trend
