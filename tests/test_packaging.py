@@ -74,8 +74,9 @@ def test_readme_names_only_flags_and_files_that_exist():
     text = (REPOSITORY / "README.md").read_text(encoding="utf-8")
     text = re.sub(r"^pip install.*$", "", text, flags=re.M)  # pip's flags are not ours
     helps = "".join(run(command(name), "--help").stdout for name in COMMANDS)
-    helps += run(command("fairseq-train"), "--help").stdout
-    helps += run(command("fairseq-preprocess"), "--help").stdout
+    for name in ("fairseq-train", "fairseq-preprocess", "fairseq-interactive"):
+        helps += run(command(name), "--help").stdout
+    helps += run(sys.executable, "examples/wikitext103/run.py", "--help", cwd=REPOSITORY).stdout
     flag = r"(?<![\w-])--[a-z][a-z-]+"
     assert set(re.findall(flag, text)) - set(re.findall(flag, helps)) == set()
     for target in re.findall(r"\]\((?!https?:|#)([^)#]+)", text):
