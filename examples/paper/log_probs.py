@@ -36,15 +36,8 @@ def run(cfg, args):
     if args.tuned:
         use_tuned(cfg.task, args.tuned, args.method)
     task, model = common.load_task_and_model(cfg)
-    samples = task.evaluation_samples(
-        common.load_split(task, cfg, cfg.dataset.gen_subset),
-        max_tokens=common.max_tokens(cfg),
-        batch_size=cfg.dataset.batch_size,
-        max_positions=common.max_positions(model),
-        num_workers=cfg.dataset.num_workers,
-        data_buffer_size=cfg.dataset.data_buffer_size,
-        context_window=cfg.eval_lm.context_window,
-    )
+    dataset = common.load_split(task, cfg, cfg.dataset.gen_subset)
+    samples = common.evaluation_samples(cfg, task, model, dataset)
     scorer = task.make_scorer(cfg.eval_lm.softmax_batch)
     device = next(model.parameters()).device
     log_p, targets = [], []

@@ -172,3 +172,16 @@ def load_split(task, cfg, split: str):
             "fairseq-knnlm-tune, --report-subset"
         ) from None
     return task.dataset(split)
+
+
+def evaluation_samples(cfg, task, model, dataset):
+    """Iterate over a loaded split for scoring, as the flags of ``fairseq-eval-lm`` say."""
+    return task.evaluation_samples(
+        dataset,
+        max_tokens=max_tokens(cfg),
+        batch_size=cfg.dataset.batch_size,
+        max_positions=max_positions(model),
+        num_workers=cfg.dataset.num_workers,
+        data_buffer_size=cfg.dataset.data_buffer_size,
+        context_window=cfg.eval_lm.context_window,
+    )

@@ -191,15 +191,7 @@ def _inspect(cfg, args, task, model, source, dataset, span, words=None) -> Inspe
 def _samples(cfg, task, model, dataset, start: int, stop: int):
     """The target tokens from *start* to *stop*, with the position of the first of each sample."""
     blocks = SomeBlocks(dataset, start, stop, cfg.eval_lm.context_window)
-    samples = task.evaluation_samples(
-        blocks,
-        max_tokens=common.max_tokens(cfg),
-        batch_size=cfg.dataset.batch_size,
-        max_positions=common.max_positions(model),
-        num_workers=cfg.dataset.num_workers,
-        data_buffer_size=cfg.dataset.data_buffer_size,
-        context_window=cfg.eval_lm.context_window,
-    )
+    samples = common.evaluation_samples(cfg, task, model, blocks)
     device = next(model.parameters()).device
     after = blocks.first
     for sample in common.with_progress(cfg, samples, prefix="inspect"):

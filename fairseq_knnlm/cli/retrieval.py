@@ -47,7 +47,7 @@ class Retrieval:
         else:
             if path is not None:
                 common.refuse_unwritable("--knn-neighbors", path)
-            self._samples = self._make_samples()
+            self._samples = common.evaluation_samples(cfg, task, model, self._dataset)
 
     def _refuse_unknown_words(self) -> None:
         dictionary = self._task.target_dictionary
@@ -84,18 +84,6 @@ class Retrieval:
         if self._task.retriever is None:
             return weights_fingerprint(self._model)
         return self._task.retriever.datastores[0].manifest["model"]["sha256"]
-
-    def _make_samples(self):
-        dataset, eval_lm = self._cfg.dataset, self._cfg.eval_lm
-        return self._task.evaluation_samples(
-            self._dataset,
-            max_tokens=common.max_tokens(self._cfg),
-            batch_size=dataset.batch_size,
-            max_positions=common.max_positions(self._model),
-            num_workers=dataset.num_workers,
-            data_buffer_size=dataset.data_buffer_size,
-            context_window=eval_lm.context_window,
-        )
 
     def run(self) -> Retrieved:
         """Find the neighbours, or read them."""
