@@ -103,7 +103,7 @@ SMALL = Scale(
     shares=(0.125, 0.125, 0.25, 0.5),
     piece_training=("--cpu", *training_flags(CUTOFFS, 1000), "--dropout", "0.2"),
     memory="piece",
-    memorising=_memorising_flags(4000),
+    memorising=_memorising_flags(8000),
     ngram_orders=(2, 3, 4, 5),
     passage="50000:52000",
 )
