@@ -61,11 +61,12 @@ class KNNLMConfig(LanguageModelingConfig):
         default=None,
         metadata={"help": f"inverted lists visited per query, >= 1 (default: {DEFAULT_NPROBE})"},
     )
-    knn_distances: Optional[ChoiceEnum(["exact", "index"])] = field(
+    knn_distances: Optional[ChoiceEnum(["exact", "index", "exhaustive"])] = field(
         default=None,
         metadata={
-            "help": "'exact': distances from the stored keys; 'index': as the (quantised) index "
-            f"returns them (default: {DEFAULT_DISTANCES})"
+            "help": "'exact': of the entries that the index finds, from the stored keys; 'index': "
+            "as the (quantised) index returns them; 'exhaustive': of all entries, by matrix "
+            f"products, for a GPU (default: {DEFAULT_DISTANCES})"
         },
     )
     knn_cache_size: Optional[int] = field(
@@ -113,7 +114,10 @@ class KNNLMConfig(LanguageModelingConfig):
     )
     knn_device: ChoiceEnum(["auto", "cpu", "cuda"]) = field(
         default="auto",
-        metadata={"help": "where the index is searched; auto: a GPU when faiss has one"},
+        metadata={
+            "help": "where neighbours are searched; auto: in an index on a GPU when faiss has one "
+            "for it, exhaustively where the model is"
+        },
     )
     knn_key: Optional[ChoiceEnum(list(KEY_TYPES))] = field(
         default=None,
@@ -183,6 +187,8 @@ def check_settings(cfg) -> None:
         "--knn-temperature", f"a finite number > 0, or {AUTO}", cfg.knn_temperature,
     )  # fmt: skip
     require(nprobe is None or nprobe >= 1, "--knn-nprobe", ">= 1", nprobe)
+    if nprobe is not None and given.get("distances") == "exhaustive":
+        faults.append("--knn-nprobe is for an index, --knn-distances exhaustive reads none")
     faults += _cache_faults(cfg, given)
     show = cfg.knn_show_neighbors
     require(show >= 0, "--knn-show-neighbors", ">= 0", show)

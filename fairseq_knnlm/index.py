@@ -1,18 +1,17 @@
-"""The only door to FAISS: choose, train, fill, save, load and search an index."""
+"""The door to FAISS: choose, train, fill, save and load an index."""
 
 import contextlib
 import logging
 import math
 import os
 import re
-import struct
 from collections.abc import Iterator
-from typing import Callable, NamedTuple, Optional
+from typing import NamedTuple
 
 import numpy as np
 
 from .errors import UserError
-from .list_search import MAX_KEYS, ListSearch, nearest_first, one_thread_each, slices
+from .list_search import MAX_KEYS
 
 # FAISS tells at INFO, in seven lines, which of its builds it loads
 logging.getLogger("faiss.loader").setLevel(logging.WARNING)
@@ -36,24 +35,6 @@ TRAINING_KEYS_PER_LIST = 64
 PART_ROWS = 1 << 23
 # ... or this share of it, once that is more: all that is ever saved is three times the index.
 PART_SHARE = 0.5
-# Exact distances are computed for at least this many candidates of the index, ...
-MIN_CANDIDATES = 128
-# ... for this many a neighbour while these are few, ...
-CANDIDATES_PER_NEIGHBOR = 8
-MANY_CANDIDATES = 1024
-# ... and for this many a neighbour beyond. (2M real keys: perplexity is within 1e-5 of that of all
-# keys in the probed lists up to k = 64; at k = 1024 it is 0.0003 from brute force.)
-CANDIDATES_OF_MANY = 1.5
-# For more neighbours than this, and at least one query for so many keys, visiting each list once
-# costs less than candidates for each query.
-FEW_NEIGHBORS = 16
-KEYS_PER_QUERY = 100
-# The index is asked for a few more, so that of those at one distance it is known which come first.
-TIES = 32
-# What FAISS returns at a time: fresh memory costs more than what is done in it.
-_FOUND_BYTES = 1 << 24
-# A limit of FAISS's GPU indexes.
-GPU_MAX_K = 2048
 _BLOCK_BYTES = 1 << 26
 _SEED = 1234
 
@@ -97,7 +78,7 @@ def make_index(factory: str, dimension: int, metric: str):
 def estimate_bytes(factory: str, count: int, dimension: int, metric: str) -> int:
     """About how large the index will be on disk."""
     index = make_index(factory, dimension, metric)
-    ivf = _ivf(index)
+    ivf = inverted_file(index)
     if ivf is None:
         try:
             return count * index.sa_code_size()
@@ -139,7 +120,7 @@ def estimate_cost(factory: str, count: int, dimension: int, metric: str) -> Inde
         saved = _part_end(saved, count)
     index = make_index(factory, dimension, metric)
     # a list has room for up to twice its codes, the next power of two
-    grown = size(count) * (2 if _ivf(index) is not None else 1)
+    grown = size(count) * (2 if inverted_file(index) is not None else 1)
     return IndexCost(
         file=size(count),
         parts=size(saved),
@@ -157,7 +138,7 @@ def refuse_unbuildable(factory: str, count: int, dimension: int, metric: str) ->
         UserError: naming both numbers.
     """
     index = make_index(factory, dimension, metric)
-    ivf = _ivf(index)
+    ivf = inverted_file(index)
     kinds = [faiss.downcast_index(index)] + ([ivf] if ivf is not None else [])
     needed = max(
         [kind.pq.ksub for kind in kinds if hasattr(kind, "pq")]
@@ -175,7 +156,7 @@ def refuse_unbuildable(factory: str, count: int, dimension: int, metric: str) ->
         )
 
 
-def _ivf(index):
+def inverted_file(index):
     """The inverted file within *index*, or None; with its own type, unlike extract_index_ivf."""
     found = faiss.try_extract_index_ivf(index)
     return faiss.downcast_index(found) if found is not None else None
@@ -183,7 +164,7 @@ def _ivf(index):
 
 def describe(index, factory: str, metric: str) -> dict:
     """What the manifest says of an index."""
-    ivf = _ivf(index)
+    ivf = inverted_file(index)
     return {
         "factory": factory,
         "metric": metric,
@@ -226,7 +207,7 @@ def read_rows(keys: np.ndarray, rows: np.ndarray) -> np.ndarray:
 
 def _training_rows(index, count: int) -> int:
     """How many of *count* keys an index is trained on."""
-    ivf = _ivf(index)
+    ivf = inverted_file(index)
     return min(count, TRAINING_KEYS_PER_LIST * (ivf.nlist if ivf is not None else 1024))
 
 
@@ -337,253 +318,3 @@ def load(path: str):
         raise UserError(
             f"fairseq_knnlm: cannot read {path}: {str(error).splitlines()[-1]}"
         ) from None
-
-
-def gpu_available() -> bool:
-    """Whether this FAISS can search on a GPU of this machine."""
-    return hasattr(faiss, "StandardGpuResources") and faiss.get_num_gpus() > 0
-
-
-def choose_device(device: str, factory: str, k: int) -> str:
-    """Where an index is searched: *device*, or for ``auto`` a GPU if that is possible.
-
-    Raises:
-        UserError: if ``cuda`` is asked for and impossible, saying why.
-    """
-    if device == "cpu":
-        return "cpu"
-    obstacle = _gpu_obstacle(factory, k)
-    if device == "cuda" and obstacle:
-        raise UserError(f"fairseq_knnlm: --knn-device cuda: {obstacle}; use --knn-device cpu")
-    return "cpu" if obstacle else "cuda"
-
-
-def _gpu_obstacle(factory: str, k: int) -> Optional[str]:
-    if not gpu_available():
-        return "FAISS sees no GPU (is faiss-gpu installed?)"
-    if re.search(r"fs|Refine|RaBitQ|HNSW", factory):
-        return f"FAISS has no GPU version of the index {factory}; IVF4096,PQ64 has one"
-    if k > GPU_MAX_K:
-        return f"FAISS finds at most {GPU_MAX_K} neighbours on a GPU, --knn-k is {k}"
-    return None
-
-
-def _to_gpu(index):
-    options = faiss.GpuMultipleClonerOptions()
-    # 64 sub-quantisers need more shared memory for float32 tables than a block has
-    options.useFloat16 = True
-    options.shard = True
-    return faiss.index_cpu_to_all_gpus(index, options)
-
-
-class Found(NamedTuple):
-    """Result of a search.
-
-    distances (ndarray): shape (N, k), float32, lower is closer; +inf where there is none.
-    ids (ndarray): shape (N, k), int64; -1 where there is none.
-    """
-
-    distances: np.ndarray
-    ids: np.ndarray
-
-
-class SearchIndex:
-    """An index on disk, loaded for searching.
-
-    Exact distances are computed from the keys. For many queries of an inverted file, each of its
-    lists is visited once and all that is in the probed ones compared; for few, and for other kinds
-    of index, more candidates than are asked for are taken from the index and re-scored.
-
-    Args:
-        path (str): the file.
-        metric (str): ``l2`` or ``ip``.
-        keys (ndarray): shape (N, D), float16, a memory-mapped ``.npy`` file: distances are exact.
-            None: as the index returns them.
-        device (str): ``cpu`` or ``cuda``.
-    """
-
-    def __init__(self, path: str, metric: str, keys: Optional[np.ndarray], device: str = "cpu"):
-        self._metric = metric
-        self._index = load(path)
-        self._on_gpu = device == "cuda"
-        self._params = _search_params(self._index)
-        self._exhaustive = isinstance(self._index, faiss.IndexFlat)
-        self._ivf = _ivf(self._index)
-        self._keys = _KeysIndex(keys, metric) if keys is not None else None
-        self._lists = None
-        if self._keys is not None and self._ivf is not None and not self._on_gpu:
-            self._lists = self._list_search(keys)
-        if self._on_gpu:
-            self._index = _to_gpu(self._index)
-        if self._keys is not None:
-            self._refined = faiss.IndexRefine(self._index, self._keys.index)
-
-    def search(self, queries: np.ndarray, k: int, nprobe: int) -> Found:
-        """The k nearest entries, nearest first.
-
-        Args:
-            queries (ndarray): shape (N, D), float32.
-            k (int): at most the number of entries.
-            nprobe (int): inverted lists visited; all where the index has fewer.
-        """
-        found = Found(
-            np.empty((len(queries), k), dtype=np.float32), np.empty((len(queries), k), np.int64)
-        )
-
-        def keep(rows, distances, ids):
-            found.distances[rows], found.ids[rows] = distances, ids
-
-        self.map(keep, queries, k, nprobe)
-        return found
-
-    def map(self, function: Callable, queries: np.ndarray, k: int, nprobe: int) -> list:
-        """Search, and use what is found for some queries at a time, by several threads.
-
-        Args:
-            function (callable): takes a slice of the queries, and their distances and ids as
-                ``Found`` has them.
-
-        Returns:
-            list: its results, in the order of the queries.
-        """
-        if self._visits_lists(len(queries), k):
-            return self._lists.map(function, queries, self._probes(queries, nprobe), k)
-        count = self._candidates(k)
-        step = max(1, min(len(queries), _FOUND_BYTES // (12 * count)))
-        room = Found(np.empty((step, count), np.float32), np.empty((step, count), np.int64))
-        results: list = []
-        for start in range(0, len(queries), step):
-            part = queries[start : start + step]
-            found, order = self._candidate_search(part, count, nprobe, room)
-            places = order.argsort()
-
-            def use(rows, start=start, found=found, places=places):
-                distances, ids = (each[places[rows]] for each in found)
-                return function(
-                    slice(start + rows.start, start + rows.stop), *nearest_first(distances, ids, k)
-                )
-
-            with one_thread_each() as pool:
-                results += pool.map(use, slices(len(part)))
-        return results
-
-    def _visits_lists(self, queries: int, k: int) -> bool:
-        return (
-            self._lists is not None
-            and k > FEW_NEIGHBORS
-            and self._index.ntotal <= KEYS_PER_QUERY * queries
-        )
-
-    def _list_search(self, keys: np.ndarray) -> ListSearch:
-        lists = self._ivf.invlists
-
-        def ids_of(number):
-            size = lists.list_size(number)
-            ids = lists.get_ids(number) if size else None
-            return faiss.rev_swig_ptr(ids, size) if size else np.empty(0, dtype=np.int64)
-
-        return ListSearch(keys, ids_of, self._ivf.nlist, self._metric, _PAIRS[self._metric])
-
-    def _probes(self, queries: np.ndarray, nprobe: int) -> np.ndarray:
-        """Lists nearest to each query, shape (N, nprobe), int64."""
-        index = faiss.downcast_index(self._index)
-        while not isinstance(index, faiss.IndexIVF):
-            if isinstance(index, faiss.IndexPreTransform):
-                for number in range(index.chain.size()):
-                    transform = faiss.downcast_VectorTransform(index.chain.at(number))
-                    queries = transform.apply(queries)
-                index = faiss.downcast_index(index.index)
-            else:
-                index = faiss.downcast_index(index.base_index)
-        return index.quantizer.search(queries, min(nprobe, index.nlist))[1]
-
-    def _candidate_search(self, queries: np.ndarray, count: int, nprobe: int, room: Found):
-        """The nearest entries as FAISS finds them, and which of the queries each row is of."""
-        params, index, order = self._params(nprobe), self._index, np.arange(len(queries))
-        if self._keys is not None:
-            params = faiss.IndexRefineSearchParameters(k_factor=1, base_index_params=params)
-            index, order = self._refined, self._neighbourly(queries)
-        distances, ids = (part[: len(queries)] for part in room)
-        index.search(queries[order], count, D=distances, I=ids, params=params)
-        if self._metric == "ip":
-            np.negative(distances, out=distances)
-        distances[ids < 0] = np.inf
-        return Found(distances, ids), order
-
-    def _neighbourly(self, queries: np.ndarray) -> np.ndarray:
-        """An order of the queries in which those of one list stand side by side.
-
-        They share candidates, whose keys are then in the cache: a quarter less time of re-scoring.
-        """
-        if not isinstance(self._index, faiss.IndexIVF):
-            return np.arange(len(queries))
-        return self._index.quantizer.assign(queries, 1)[:, 0].argsort(kind="stable")
-
-    def _candidates(self, k: int) -> int:
-        """How many entries FAISS is asked for."""
-        wanted = k + TIES
-        if self._keys is not None and not self._exhaustive:
-            few = min(CANDIDATES_PER_NEIGHBOR * k, MANY_CANDIDATES)
-            wanted = max(wanted, MIN_CANDIDATES, few, math.ceil(CANDIDATES_OF_MANY * k))
-        return min(wanted, self._index.ntotal, GPU_MAX_K if self._on_gpu else wanted)
-
-
-def _pair_distances(compute: Callable, sign: int) -> Callable:
-    """What ``ListSearch`` measures pairs with."""
-
-    def distances(queries, rows, keys, columns):
-        faiss.omp_set_num_threads(1)  # of this thread of a pool
-        result = np.empty(len(rows), dtype=np.float32)
-        pointers = [faiss.swig_ptr(part) for part in (queries, rows, keys, columns, result)]
-        compute(keys.shape[1], len(rows), *pointers)
-        return np.negative(result, out=result) if sign < 0 else result
-
-    return distances
-
-
-_PAIRS = {
-    "l2": _pair_distances(faiss.pairwise_indexed_L2sqr, 1),
-    "ip": _pair_distances(faiss.pairwise_indexed_inner_product, -1),
-}
-
-
-def _search_params(index) -> Callable:
-    """What makes the search parameters for an nprobe, in the form that this kind of index takes."""
-    index = faiss.downcast_index(index)
-    if isinstance(index, faiss.IndexIVF):
-        nlist = index.nlist
-        return lambda nprobe: faiss.SearchParametersIVF(nprobe=min(nprobe, nlist))
-    if isinstance(index, faiss.IndexPreTransform):
-        inner = _search_params(index.index)
-        return lambda nprobe: faiss.SearchParametersPreTransform(index_params=inner(nprobe))
-    if isinstance(index, faiss.IndexRefine):
-        base, k_factor = _search_params(index.base_index), index.k_factor
-        return lambda nprobe: faiss.IndexRefineSearchParameters(
-            k_factor=k_factor, base_index_params=base(nprobe)
-        )
-    return lambda nprobe: None
-
-
-class _KeysIndex:
-    """FAISS's view of the keys of a datastore, without a copy of them.
-
-    FAISS reads an index from memory and can leave the vectors where they are. Its header for a
-    float16 index is shorter than that of a ``.npy`` file, so it is written over the end of the
-    latter in a private mapping of the file: in memory only, on one page.
-    """
-
-    def __init__(self, keys: np.ndarray, metric: str):
-        count, dimension = keys.shape
-        empty = faiss.IndexScalarQuantizer(
-            dimension, faiss.ScalarQuantizer.QT_fp16, METRICS[metric]
-        )
-        empty.is_trained = True
-        empty.ntotal = count
-        # the header ends with the number of bytes that follow
-        header = faiss.serialize_index(empty)[:-8].tobytes() + struct.pack("<Q", keys.nbytes)
-        self._mapping = np.memmap(keys.filename, dtype=np.uint8, mode="c")
-        start = keys.offset - len(header)
-        self._mapping[start : keys.offset] = np.frombuffer(header, dtype=np.uint8)
-        view = self._mapping[start:]
-        self._reader = faiss.ZeroCopyIOReader(faiss.swig_ptr(view), view.nbytes)
-        self.index = faiss.read_index(self._reader, faiss.IO_FLAG_MMAP_IFC)

@@ -63,17 +63,9 @@ class ListSearch:
         self._type = near_pairs.rounded_type()
         self._columns = near_pairs.columns(keys.shape[1])
         self._keys_of_block = _fitting(self._columns, _KEYS_STEP, _MAX_KEYS_OF_BLOCK)
-        self._center = self._middle() if metric == "l2" else np.zeros(keys.shape[1], np.float32)
+        self._center = near_pairs.center_of(self._keys, metric)
         self._of_thread = threading.local()
         self._memory = np.empty(0, dtype=np.uint64)
-
-    def _middle(self) -> np.ndarray:
-        """About the mean of the keys, which l2 is computed relative to.
-
-        Small differences of large numbers would have few digits.
-        """
-        some = self._keys[:: max(1, len(self._keys) // _MAX_KEYS_OF_BLOCK)]
-        return some.mean(axis=0, dtype=np.float32)
 
     def probed(self, probes: np.ndarray) -> int:
         """How many distances a search computes."""

@@ -22,6 +22,8 @@ _COLUMNS_STEP = 32
 _UP = np.float32(1 + 2.0**-7)
 # Instead of infinity, whose parts have no sum.
 _FAR = 1e30
+# Keys that the center is the mean of, about.
+_OF_CENTER = 1 << 12
 
 
 def rounded_type() -> torch.dtype:
@@ -81,6 +83,18 @@ def are_near(products: torch.Tensor) -> np.ndarray:
     """Which products are negative, a bool array of their shape."""
     integers = torch.int16 if products.dtype == torch.bfloat16 else torch.int32
     return products.view(integers).numpy() < 0
+
+
+def center_of(keys: np.ndarray, metric: str) -> np.ndarray:
+    """What keys and queries are taken relative to, shape (D,), float32.
+
+    Squared L2 from norms and products is a small difference of large numbers, which has few digits,
+    unless the numbers are relative to about the mean of the keys.
+    """
+    if metric != "l2":
+        return np.zeros(keys.shape[1], dtype=np.float32)
+    some = keys[:: max(1, len(keys) // _OF_CENTER)]
+    return np.asarray(some.mean(axis=0, dtype=np.float32))
 
 
 def square_norms(vectors: np.ndarray) -> np.ndarray:

@@ -82,7 +82,7 @@ def write(directory: str, summary: dict, settings, retrieved, sizes, retriever, 
         "search": {
             "k": retrieved.distances.size(1),
             "nprobe": retriever.nprobe,
-            "distances": "exact" if retriever.exact else "index",
+            "distances": retriever.distances,
         },
         "datastores": [_description(datastore) for datastore in retriever.datastores],
         "tables": tables(

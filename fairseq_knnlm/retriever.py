@@ -6,13 +6,17 @@ from typing import Callable, NamedTuple, Optional
 import numpy as np
 import torch
 
-from . import index as faiss_index
 from .datastore import Datastore
 from .errors import UserError
+from .exhaustive import ExhaustiveSearch
 from .key_extractor import KeyExtractor
+from .list_search import slices
+from .search_index import SearchIndex, choose_device
 
 # What datastores that are searched as one must agree in, and what a model must fit.
 _COMMON = ("dimension", "key", "metric", "dictionary", "model")
+# Queries whose neighbours are handed over at a time, as tensors on a device.
+_ROWS = 1 << 12
 
 
 class Neighbors(NamedTuple):
@@ -37,11 +41,14 @@ class Retriever:
         datastores (list of Datastore): all of one model, key and metric.
         k (int): neighbours per query.
         nprobe (int): inverted lists visited.
-        distances (str): ``exact``, computed from the stored keys, or ``index``.
-        device (str): ``cpu``, ``cuda`` or ``auto``: where the index is searched.
+        distances (str): ``exact``, computed from the stored keys; ``index``, as the index has
+            them; or ``exhaustive``: all keys are compared, and no index is read.
+        device (str): ``cpu``, ``cuda`` or ``auto``: where is searched. ``auto`` is for an index a
+            GPU where FAISS has one, for exhaustive search the device of the first queries.
 
     Raises:
-        UserError: if the datastores do not agree, or k is more than they hold.
+        UserError: if the datastores do not agree, k is more than they hold, or there is no such
+            device.
     """
 
     def __init__(
@@ -55,18 +62,16 @@ class Retriever:
         self.datastores = list(datastores)
         self.k = k
         self.nprobe = nprobe
-        self.exact = distances == "exact"
+        self.distances = distances
         self._refuse_differing()
         if k > len(self):
             raise UserError(
                 f"fairseq_knnlm: --knn-k {k} is more than the {len(self)} entries of "
                 f"{self._names()}"
             )
-        self._devices = [
-            faiss_index.choose_device(device, datastore.manifest["index"]["factory"], k)
-            for datastore in self.datastores
-        ]
-        self._indexes: Optional[list] = None
+        self._devices = self._choose_devices(device)
+        self._searches: Optional[list] = None
+        self._values: list = []
 
     @classmethod
     def open(cls, paths: Sequence[str], expected: Optional[dict] = None, **settings):
@@ -90,6 +95,22 @@ class Retriever:
         return sum(len(datastore) for datastore in self.datastores)
 
     # -- what fits -----------------------------------------------------------------------------
+
+    @property
+    def _exhaustive(self) -> bool:
+        return self.distances == "exhaustive"
+
+    def _choose_devices(self, device: str) -> list[str]:
+        if not self._exhaustive:
+            return [
+                choose_device(device, datastore.manifest["index"]["factory"], self.k, self.nprobe)
+                for datastore in self.datastores
+            ]
+        if device == "cuda" and not torch.cuda.is_available():
+            raise UserError(
+                "fairseq_knnlm: --knn-device cuda: torch sees no GPU; use --knn-device cpu"
+            )
+        return [device] * len(self.datastores)
 
     @property
     def _manifest(self) -> dict:
@@ -211,8 +232,8 @@ class Retriever:
         """Search, and use the neighbours of some queries at a time, while they are in the cache.
 
         Args:
-            function (callable): takes a slice of the queries and their ``Neighbors``, on the CPU;
-                called from several threads.
+            function (callable): takes a slice of the queries and their ``Neighbors``, on the CPU
+                or on the GPU that searched; may be called from several threads.
             queries (Tensor): shape (N, D), any float dtype and device.
             k (int): as in ``search``.
 
@@ -220,11 +241,17 @@ class Retriever:
             list: its results, in the order of the queries.
         """
         k = self.k if k is None else k
+        if self._searches is None:
+            self._load(queries.device)
+        if self._values:
+            parts = (part.split(_ROWS) for part in self._search_tensors(queries, k))
+            return [
+                function(slice(number * _ROWS, number * _ROWS + len(found[0])), Neighbors(*found))
+                for number, found in enumerate(zip(*parts))
+            ]
         flat = np.ascontiguousarray(queries.float().cpu().numpy())
-        if self._indexes is None:
-            self._indexes = [self._load(*each) for each in zip(self.datastores, self._devices)]
         if len(self.datastores) == 1:
-            (index,), (datastore,) = self._indexes, self.datastores
+            (index,), (datastore,) = self._searches, self.datastores
             return index.map(
                 lambda rows, *found: function(rows, _neighbors(datastore, 0, *found)),
                 flat, k, self.nprobe,
@@ -232,23 +259,60 @@ class Retriever:
         each = list(self._search_each(flat, k))
         return [
             function(rows, _merge(([part[rows] for part in found] for found in each), k))
-            for rows in faiss_index.slices(len(flat))
+            for rows in slices(len(flat))
         ]
 
     def _search_each(self, queries: np.ndarray, k: int) -> Iterator[Neighbors]:
         first_id = 0
-        for datastore, index in zip(self.datastores, self._indexes):
+        for datastore, index in zip(self.datastores, self._searches):
             found = index.search(queries, min(k, len(datastore)), self.nprobe)
             yield _neighbors(datastore, first_id, *found)
             first_id += len(datastore)
 
-    def _load(self, datastore: Datastore, device: str):
-        return faiss_index.SearchIndex(
-            datastore.index_path,
-            datastore.manifest["metric"],
-            keys=datastore.keys if self.exact else None,
-            device=device,
-        )
+    def _search_tensors(self, queries: torch.Tensor, k: int) -> Neighbors:
+        """The same in tensors that stay on the device that searches."""
+        each, first_id = [], 0
+        for datastore, search, values in zip(self.datastores, self._searches, self._values):
+            most = min(k, len(datastore))
+            if self._exhaustive:
+                distances, ids = search.search(queries, most)
+            else:
+                distances, ids = search.search_tensors(queries, most, self.nprobe)
+            missing = ids < 0
+            found = values[ids.clamp(min=0)].long().masked_fill_(missing, 0)
+            each.append(Neighbors(distances, found, (ids + first_id).masked_fill_(missing, -1)))
+            first_id += len(datastore)
+        return each[0] if len(each) == 1 else _merge(each, k)
+
+    def _load(self, device: torch.device) -> None:
+        """Load what is searched; *device*: of the queries.
+
+        Where all of it takes tensors, the values are put beside it.
+        """
+        if self._exhaustive:
+            # "cuda" without a number is the GPU of this process
+            devices = [device if each == "auto" else torch.device(each) for each in self._devices]
+            self._searches = [
+                ExhaustiveSearch(datastore.keys, datastore.manifest["metric"], each)
+                for datastore, each in zip(self.datastores, devices)
+            ]
+        else:
+            self._searches = [
+                SearchIndex(
+                    datastore.index_path,
+                    datastore.manifest["metric"],
+                    keys=datastore.keys if self.distances == "exact" else None,
+                    device=each,
+                )
+                for datastore, each in zip(self.datastores, self._devices)
+            ]
+            devices = [device] * len(self._searches)
+        on_gpu = device.type == "cuda"
+        if self._exhaustive or on_gpu and all(search.takes_tensors for search in self._searches):
+            self._values = [
+                torch.from_numpy(datastore.values.astype(np.int32)).to(each)
+                for datastore, each in zip(self.datastores, devices)
+            ]
 
 
 def _neighbors(datastore: Datastore, first_id: int, distances, ids) -> Neighbors:

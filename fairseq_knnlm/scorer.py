@@ -114,8 +114,8 @@ def encode_and_map(model, sample: dict, retriever, function, softmax_batch: int 
     """Run a language model over a chunk and use the neighbours of all its targets.
 
     Args:
-        function (callable): takes a slice of the rows and their ``Neighbors``, on the CPU; called
-            from several threads.
+        function (callable): takes a slice of the rows and their ``Neighbors``, see
+            ``Retriever.map``.
 
     Returns:
         tuple: ``Encoded``, rows in corpus order, and the results of *function* in order, a list.
@@ -254,7 +254,8 @@ class KNNScorer:
             targets = sample["target"].cpu()
 
             def score(rows, found):
-                return knn_log_probs(found.distances, found.values, targets[rows], self.temperature)
+                aims = targets[rows].to(found.values.device)
+                return knn_log_probs(found.distances, found.values, aims, self.temperature)
 
             encoded, scores = encode_and_map(
                 model, sample, self.retriever, score, self.softmax_batch

@@ -23,8 +23,9 @@ Whether keys that equal the drawn one count as its neighbours makes no differenc
 import numpy as np
 import torch
 
-from .index import SearchIndex, read_rows
+from .index import read_rows
 from .neighbors_file import Retrieved
+from .search_index import SearchIndex
 from .sweep import best, sweep
 
 QUERIES = 2048

@@ -12,8 +12,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import oracle
 import pytest
+from helpers import quiet, random_keys, save_keys
+
+from fairseq_knnlm.index import build_index
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 USER_DIR = REPOSITORY / "fairseq_knnlm"
@@ -156,3 +160,32 @@ def evaluate(data, checkpoint, *flags, task="knnlm_lm", cpu=True):
     config = convert_namespace_to_omegaconf(parsed)
     with oracle.numpy_compat() if task == "language_modeling" else contextlib.nullcontext():
         return float(eval_lm.main(config)["perplexity"])
+
+
+# -- keys and indexes of them ----------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def keys(tmp_path_factory):
+    """1,500 keys of 16 dimensions, as a datastore has them."""
+    return save_keys(tmp_path_factory.mktemp("keys"), random_keys(1, 1500, 16))
+
+
+@pytest.fixture(scope="session")
+def queries():
+    return random_keys(2, 60, 16).astype(np.float32)
+
+
+@pytest.fixture(scope="session")
+def index_path(keys, tmp_path_factory):
+    """Builds an index of the keys once for each factory string and metric; gives the file."""
+    folder, paths = tmp_path_factory.mktemp("indexes"), {}
+
+    def path(factory, metric="l2"):
+        if (factory, metric) not in paths:
+            file = str(folder / f"{len(paths)}.faiss")
+            build_index(keys, factory, metric, file, f"{file}.building", quiet)
+            paths[factory, metric] = file
+        return paths[factory, metric]
+
+    return path

@@ -93,6 +93,16 @@ def flip_byte(path, position):
         file.write(bytes([byte ^ 0x10]))
 
 
+def quiet(line):
+    """Takes a line of progress."""
+
+
+def save_keys(folder, keys):
+    """Keys as a datastore has them: a memory-mapped file."""
+    np.save(folder / "keys.npy", keys)
+    return np.load(folder / "keys.npy", mmap_mode="r")
+
+
 def all_distances(queries, keys, metric="l2"):
     """Shape (queries, keys), float64: squared L2, or minus the inner product."""
     queries, keys = queries.astype(np.float64), keys.astype(np.float64)

@@ -23,6 +23,10 @@ def refused(message, *parts):
         (["--knn-temperature", 0], ["--knn-temperature", "> 0", "got 0"]),
         (["--knn-temperature", "inf"], ["--knn-temperature", "inf"]),
         (["--knn-nprobe", 0], ["--knn-nprobe", ">= 1", "got 0"]),
+        (
+            ["--knn-nprobe", 8, "--knn-distances", "exhaustive"],
+            ["--knn-nprobe", "--knn-distances exhaustive reads none"],
+        ),
         (["--knn-k", -3, "--knn-lambda", -1], ["--knn-k", "--knn-lambda"]),
         (["--knn-k", 10**6], ["--knn-k 1000000", "entries"]),
         (["--knn-key", "attn-input"], ["--knn-key attn-input", "ffn-input"]),

@@ -13,10 +13,13 @@ MODELS = ["adaptive", "plain"]
 
 
 @pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("distances", ["exact", "exhaustive"])
 @pytest.mark.parametrize(
     "k, temperature, knn_lambda", [(1, 1.0, 0.3), (8, 3.0, 0.25), (300, 10.0, 0.6)]
 )
-def test_equals_brute_force(data, checkpoints, datastores, model, k, temperature, knn_lambda):
+def test_equals_brute_force(
+    data, checkpoints, datastores, model, distances, k, temperature, knn_lambda
+):
     task, loaded = oracle.load(data, checkpoints[model], 32)
     keys, values, _ = oracle.score(task, loaded, "train")
     queries, targets, log_p_lm = oracle.score(task, loaded, "test")
@@ -24,7 +27,7 @@ def test_equals_brute_force(data, checkpoints, datastores, model, k, temperature
     found = evaluate(
         data, checkpoints[model],
         "--knn-datastore", datastores[model], "--knn-k", k, "--knn-temperature", temperature,
-        "--knn-lambda", knn_lambda,
+        "--knn-lambda", knn_lambda, "--knn-distances", distances,
     )  # fmt: skip
     expected = oracle.perplexity(log_p_lm, log_p_knn, knn_lambda)
     assert found == pytest.approx(expected, rel=1e-4)

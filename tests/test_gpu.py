@@ -4,9 +4,13 @@ import numpy as np
 import pytest
 import torch
 from conftest import ARCHITECTURES, build, evaluate
-from helpers import all_distances, assert_nearest, random_keys
+from helpers import all_distances, assert_nearest, quiet, random_keys
 
-from fairseq_knnlm.index import SearchIndex, build_index, gpu_available
+from fairseq_knnlm import exhaustive
+from fairseq_knnlm.exhaustive import ExhaustiveSearch
+from fairseq_knnlm.index import build_index
+from fairseq_knnlm.retriever import Retriever
+from fairseq_knnlm.search_index import SearchIndex, gpu_available
 
 COUNT, DIMENSION = 20_000, 32
 on_torch = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU")
@@ -26,7 +30,7 @@ def keys(tmp_path_factory):
 @pytest.mark.parametrize("factory", ["Flat", "IVF64,Flat", "IVF64,PQ16", "IVF64,SQ8"])
 def test_a_gpu_finds_what_a_cpu_finds(keys, tmp_path, factory, metric):
     path = str(tmp_path / "index.faiss")
-    build_index(keys, factory, metric, path, str(tmp_path / "work"), lambda line: None)
+    build_index(keys, factory, metric, path, str(tmp_path / "work"), quiet)
     queries = random_keys(2, 300, DIMENSION).astype(np.float32)
     on_gpu, on_cpu = (
         SearchIndex(path, metric, None, device).search(queries, 20, nprobe=16)
@@ -36,6 +40,44 @@ def test_a_gpu_finds_what_a_cpu_finds(keys, tmp_path, factory, metric):
     exact = SearchIndex(path, metric, keys, "cuda").search(queries, 20, nprobe=64)
     if factory in ("Flat", "IVF64,Flat"):
         assert_nearest(exact.distances, exact.ids, all_distances(queries, keys, metric))
+
+
+@on_faiss
+@pytest.mark.parametrize("metric", ["l2", "ip"])
+def test_tensors_find_what_arrays_find(keys, tmp_path, metric):
+    path = str(tmp_path / "index.faiss")
+    build_index(keys, "IVF64,PQ16", metric, path, str(tmp_path / "work"), quiet)
+    queries = random_keys(2, 300, DIMENSION).astype(np.float32)
+    index = SearchIndex(path, metric, None, "cuda")
+    arrays = index.search(queries, 20, nprobe=16)
+    distances, ids = index.search_tensors(torch.from_numpy(queries).cuda(), 20, nprobe=16)
+    assert distances.is_cuda and ids.is_cuda
+    np.testing.assert_allclose(distances.cpu(), arrays.distances, rtol=1e-5)
+
+
+@on_torch
+@pytest.mark.parametrize("resident", [True, False])
+@pytest.mark.parametrize("metric", ["l2", "ip"])
+def test_exhaustive_search_on_a_gpu(keys, monkeypatch, metric, resident):
+    monkeypatch.setattr(exhaustive, "_RESIDENT_SHARE", 0.5 if resident else 0)
+    monkeypatch.setattr(exhaustive, "_KEYS", 3000)
+    queries = random_keys(2, 300, DIMENSION).astype(np.float32)
+    search = ExhaustiveSearch(keys, metric, torch.device("cuda"))
+    distances, ids = search.search(torch.from_numpy(queries), 50)
+    assert distances.is_cuda and ids.is_cuda
+    exact = all_distances(queries, keys, metric)
+    assert_nearest(distances.cpu().numpy(), ids.cpu().numpy(), exact)
+
+
+@on_torch
+@pytest.mark.parametrize("device", ["auto", "cuda"])
+def test_neighbours_stay_on_the_gpu_that_searched(datastores, device):
+    retriever = Retriever.open([datastores["plain"]], k=8, distances="exhaustive", device=device)
+    queries = torch.from_numpy(retriever.datastores[0].keys[:50].astype(np.float32))
+    on_gpu = retriever.search(queries.cuda())
+    assert all(part.is_cuda for part in on_gpu)
+    on_cpu = Retriever.open([datastores["plain"]], k=8, distances="exhaustive").search(queries)
+    torch.testing.assert_close(on_gpu.distances.cpu(), on_cpu.distances, rtol=1e-4, atol=1e-4)
 
 
 @on_torch
@@ -51,10 +93,14 @@ def test_keys_on_a_gpu_are_those_on_a_cpu(data, checkpoints, datastores, tmp_pat
 
 @on_torch
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_perplexity_on_a_gpu_is_that_on_a_cpu(data, checkpoints, datastores, architecture):
+@pytest.mark.parametrize("distances", ["exact", "index", "exhaustive"])
+def test_perplexity_on_a_gpu_is_that_on_a_cpu(
+    data, checkpoints, datastores, architecture, distances
+):
     flags = (
         "--gen-subset", "valid", "--tokens-per-sample", 32,
         "--knn-datastore", datastores[architecture], "--knn-k", 16, "--knn-temperature", 10,
+        "--knn-distances", distances,
     )  # fmt: skip
     found = evaluate(data, checkpoints[architecture], *flags, cpu=False)
     assert found == pytest.approx(evaluate(data, checkpoints[architecture], *flags), rel=1e-3)

@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from fairseq_knnlm import list_search
-from fairseq_knnlm.index import _PAIRS as PAIRS
 from fairseq_knnlm.list_search import ROWS, ListSearch, nearest_first
+from fairseq_knnlm.search_index import _PAIRS as PAIRS
 
 DIMENSION, NLIST = 24, 12
 METRICS = ("l2", "ip")

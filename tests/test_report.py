@@ -301,7 +301,7 @@ def write(found, directory, splits=("valid", "<i>test</i>"), **changed):
     parts = {
         "settings": found.settings, "retrieved": found.reported_on, "sizes": found.sizes,
         "summary": summary(found, *splits),
-        "retriever": types.SimpleNamespace(datastores=[datastore], nprobe=32, exact=True),
+        "retriever": types.SimpleNamespace(datastores=[datastore], nprobe=32, distances="exact"),
         "dictionary": dictionary, **changed,
     }  # fmt: skip
     return report.write(str(directory), **parts)

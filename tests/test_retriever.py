@@ -12,7 +12,7 @@ from helpers import (
     random_values,
 )
 
-from fairseq_knnlm import index as faiss_index
+from fairseq_knnlm import search_index
 from fairseq_knnlm.errors import UserError
 from fairseq_knnlm.fingerprint import weights_fingerprint
 from fairseq_knnlm.retriever import Retriever
@@ -62,7 +62,7 @@ def assert_neighbours(found, rows, queries, k, metric="l2"):
     assert np.array_equal(found.values.numpy(), values[found.ids.numpy()])
 
 
-@pytest.mark.parametrize("distances", ["exact", "index"])
+@pytest.mark.parametrize("distances", ["exact", "index", "exhaustive"])
 @pytest.mark.parametrize("k", [1, 20, sum(SIZES)])
 def test_one_datastore_equals_brute_force(whole, rows, queries, k, distances):
     found = Retriever.open([whole], k=k, distances=distances).search(queries)
@@ -74,13 +74,13 @@ def test_queries_in_half_precision(whole, rows, queries):
     assert_neighbours(found, rows, queries.half(), 9)
 
 
-@pytest.mark.parametrize("distances", ["exact", "index"])
+@pytest.mark.parametrize("distances", ["exact", "index", "exhaustive"])
 @pytest.mark.parametrize("k", [1, 5, 20, 400, sum(SIZES)])
 def test_several_datastores_are_searched_as_one(parts, whole, rows, queries, k, distances):
     found = Retriever.open(parts, k=k, distances=distances).search(queries)
     assert_neighbours(found, rows, queries, k)
     one = Retriever.open([whole], k=k, distances=distances).search(queries)
-    torch.testing.assert_close(found.distances, one.distances)
+    torch.testing.assert_close(found.distances, one.distances, rtol=1e-5, atol=1e-4)
 
 
 def test_inner_products_of_several_datastores(make, rows, queries):
@@ -236,7 +236,7 @@ def test_queries_are_the_state_that_the_keys_are(make):
 
 
 def test_every_index_must_fit_the_gpu(make, monkeypatch):
-    monkeypatch.setattr(faiss_index, "gpu_available", lambda: True)
+    monkeypatch.setattr(search_index, "gpu_available", lambda: True)
     paths = [make(0, 100, factory="IVF2,Flat"), make(100, 200, factory="IVF2,PQ4x4fs")]
     with pytest.raises(UserError, match="no GPU version of the index IVF2,PQ4x4fs"):
         Retriever.open(paths, k=1, device="cuda")

@@ -5,13 +5,13 @@ import shutil
 import time
 
 from datastores import once
-from quality import Judge, as_neighbors, exhaustive_search
+from quality import Judge, as_neighbors, exhaustive_neighbors, exhaustive_search
 from straightforward import straightforward_factory, sub_quantizers
 from timing import Stopwatch, interleaved, median, was_held_up
 
 from fairseq_knnlm import index as faiss_index
 from fairseq_knnlm.datastore import Datastore
-from fairseq_knnlm.index import SearchIndex
+from fairseq_knnlm.search_index import SearchIndex
 
 # A search that takes longer is not repeated.
 LONG_S = 10.0
@@ -44,7 +44,8 @@ def compare_types(types, row, queries, mixture, settings, work, log):
     """
     datastore, ks = Datastore.open(row["path"]), sorted({min(settings.k), max(settings.k)})
     queries = queries.first(settings.index_queries)
-    reference = exhaustive_search(queries.keys, datastore, max(ks))
+    _, ids = exhaustive_search(datastore, queries.keys.device).search(queries.keys, max(ks))
+    reference = exhaustive_neighbors(queries.keys, ids, datastore)
     judge = Judge(queries, datastore, mixture, reference)
     flat = queries.keys.float().cpu().numpy()
     rows = []

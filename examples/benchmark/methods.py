@@ -1,6 +1,6 @@
 """kNN evaluation by every method, on one datastore: what it costs and how good it is."""
 
-from quality import Judge, exhaustive_search
+from quality import Judge, exhaustive_neighbors, exhaustive_search
 from straightforward import Straightforward
 from timing import Stopwatch, interleaved, median, was_held_up
 
@@ -80,10 +80,12 @@ class Methods:
         return self._queries
 
     def _exhaustive(self):
+        count, k, queries = len(self._queries.targets), max(self._settings.k), self._queries.keys
+        search = exhaustive_search(self._datastore, queries.device)
         stopwatch = Stopwatch(self._evaluation.clock)
-        count, k = len(self._queries.targets), max(self._settings.k)
-        reference = exhaustive_search(self._queries.keys, self._datastore, k)
+        _, ids = search.search(queries, k)
         times = stopwatch.read()
+        reference = exhaustive_neighbors(queries, ids, self._datastore)
         search_s = times["seconds"]
         rows = [self._begin_row("exhaustive", k, "exact") for k in self._settings.k]
         for row in rows:

@@ -9,12 +9,13 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from fairseq_knnlm.exhaustive import ExhaustiveSearch
 from fairseq_knnlm.interpolation import interpolate, knn_log_probs
 from fairseq_knnlm.metrics import perplexity
 from fairseq_knnlm.retriever import Neighbors
 
-# Keys of one matrix product, queries of one, and elements of gathered candidates.
-_KEYS, _QUERIES, _GATHERED = 1 << 16, 1 << 10, 1 << 26
+# Elements of gathered candidates.
+_GATHERED = 1 << 26
 # Rows whose neighbours are turned into probabilities at a time.
 _ROWS = 256
 
@@ -77,48 +78,27 @@ def exact_distances(queries, ids, keys, metric):
     return distances
 
 
-def exhaustive_search(queries, datastore, k):
-    """The k nearest of all entries, by blocked matrix products.
+def exhaustive_search(datastore, device):
+    """Search of all keys of a datastore on a device."""
+    return ExhaustiveSearch(datastore.keys, datastore.manifest["metric"], device)
+
+
+def exhaustive_neighbors(queries, ids, datastore):
+    """What exhaustive search found, with distances free of the rounding of matrix products.
 
     Args:
-        queries (Tensor): shape (N, D); the products are computed on its device.
-        datastore (Datastore): what is searched.
-        k (int): at most the number of entries.
+        queries (Tensor): shape (N, D).
+        ids (LongTensor): shape (N, k).
+        datastore (Datastore): what was searched.
 
     Returns:
         Neighbors: nearest first, on the CPU.
     """
-    queries = queries.float()
-    nearest = [
-        (part.new_full((len(part), k), torch.inf), part.new_full((len(part), k), -1).long())
-        for part in queries.split(_QUERIES)
-    ]
-    metric = datastore.manifest["metric"]
-    for start in range(0, len(datastore), _KEYS):
-        block = np.array(datastore.keys[start : start + _KEYS], dtype=np.float32)
-        block = torch.from_numpy(block).to(queries.device)
-        half_norms = block.square().sum(1) / 2 if metric == "l2" else block.new_zeros(len(block))
-        for number, part in enumerate(queries.split(_QUERIES)):
-            # the same order as distances have, without what all keys have in common
-            gaps = torch.addmm(half_norms, part, block.T, alpha=-1)
-            nearest[number] = _merge(*nearest[number], gaps, start)
-    ids = torch.cat([ids for _, ids in nearest]).cpu().numpy()
-    exact = exact_distances(queries.cpu().numpy(), ids, datastore.keys, metric)
+    queries, ids = queries.float().cpu().numpy(), ids.cpu().numpy()
+    exact = exact_distances(queries, ids, datastore.keys, datastore.manifest["metric"])
     order = exact.argsort(axis=1, kind="stable")
     exact, ids = (np.take_along_axis(part, order, axis=1) for part in (exact, ids))
     return as_neighbors(exact, ids, datastore)
-
-
-def _merge(best, ids, gaps, start):
-    """The nearest so far and those of a block whose first entry is *start*."""
-    k = best.size(1)
-    # no row has more to offer, and a short selection is a fast one
-    offered = int((gaps < best[:, -1:]).sum(1).max())
-    if offered == 0:
-        return best, ids
-    found, columns = gaps.topk(min(offered, k), dim=1, largest=False)
-    best, order = torch.cat([best, found], dim=1).topk(k, dim=1, largest=False)
-    return best, torch.cat([ids, columns + start], dim=1).gather(1, order)
 
 
 def as_neighbors(distances, ids, datastore):

@@ -68,7 +68,9 @@ def _describe_tuned(tuned: dict, manifest: dict) -> str:
     others = len(tuned["datastores"]) - 1
     return (
         f"tuned        k {tuned['k']}, lambda {tuned['knn_lambda']:g}, temperature "
-        f"{tuned['temperature']:g}, nprobe {tuned['nprobe']}, {tuned['distances']} distances"
+        f"{tuned['temperature']:g}, "
+        + ("" if tuned["distances"] == "exhaustive" else f"nprobe {tuned['nprobe']}, ")
+        + f"{tuned['distances']} distances"
         + _describe_cache(tuned)
         + f", on {tuned['tuned_on']['split']}"
         + (f", with {others} other datastores" if others else "")

@@ -113,10 +113,10 @@ class Retrieval:
 
             def keep(some, found, first=done):
                 into = slice(first + some.start, first + some.stop)
-                distances[into] = found.distances
+                distances[into], values, ids = (part.cpu() for part in found)
                 # a missing neighbour has a value as well
-                matches[into] = (found.values == targets[into].unsqueeze(1)) & (found.ids >= 0)
-                parts[into] = parts_of(found.ids)
+                matches[into] = (values == targets[into].unsqueeze(1)) & (ids >= 0)
+                parts[into] = parts_of(ids)
 
             encoded = self._encode(sample, keep)
             log_p_lm[rows] = encoded.log_p_lm
