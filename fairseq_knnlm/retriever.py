@@ -1,37 +1,20 @@
 """From queries to neighbours: searches one or several datastores as one."""
 
-from collections.abc import Iterator, Sequence
-from typing import Callable, NamedTuple, Optional
+from collections.abc import Sequence
+from functools import partial
+from typing import Callable, Optional
 
-import numpy as np
 import torch
 
 from .datastore import Datastore
 from .errors import UserError
 from .exhaustive import ExhaustiveSearch
 from .key_extractor import KeyExtractor
-from .list_search import slices
+from .neighbors import DeviceSearch, HostSearch, Neighbors
 from .search_index import SearchIndex, choose_device
 
 # What datastores that are searched as one must agree in, and what a model must fit.
 _COMMON = ("dimension", "key", "metric", "dictionary", "model")
-# Queries whose neighbours are handed over at a time, as tensors on a device.
-_ROWS = 1 << 12
-
-
-class Neighbors(NamedTuple):
-    """The nearest entries of each query, nearest first.
-
-    distances (Tensor): shape (N, k), float32, squared L2 or minus the inner product; +inf where
-        there is no neighbour.
-    values (LongTensor): shape (N, k), the token that followed; 0 where there is no neighbour.
-    ids (LongTensor): shape (N, k), rows of the datastores, counted through all of them in the
-        order they were named; -1 where there is no neighbour.
-    """
-
-    distances: torch.Tensor
-    values: torch.Tensor
-    ids: torch.Tensor
 
 
 class Retriever:
@@ -69,9 +52,10 @@ class Retriever:
                 f"fairseq_knnlm: --knn-k {k} is more than the {len(self)} entries of "
                 f"{self._names()}"
             )
-        self._devices = self._choose_devices(device)
-        self._searches: Optional[list] = None
-        self._values: list = []
+        self._device = device
+        self._index_devices = self._choose_devices()
+        # HostSearch or DeviceSearch, loaded when it is first needed
+        self._searcher = None
 
     @classmethod
     def open(cls, paths: Sequence[str], expected: Optional[dict] = None, **settings):
@@ -100,17 +84,16 @@ class Retriever:
     def _exhaustive(self) -> bool:
         return self.distances == "exhaustive"
 
-    def _choose_devices(self, device: str) -> list[str]:
+    def _choose_devices(self) -> list[str]:
+        """Where the index of each datastore is searched."""
         if not self._exhaustive:
-            return [
-                choose_device(device, datastore.manifest["index"]["factory"], self.k, self.nprobe)
-                for datastore in self.datastores
-            ]
-        if device == "cuda" and not torch.cuda.is_available():
+            factories = [datastore.manifest["index"]["factory"] for datastore in self.datastores]
+            return [choose_device(self._device, each, self.k, self.nprobe) for each in factories]
+        if self._device == "cuda" and not torch.cuda.is_available():
             raise UserError(
                 "fairseq_knnlm: --knn-device cuda: torch sees no GPU; use --knn-device cpu"
             )
-        return [device] * len(self.datastores)
+        return []
 
     @property
     def _manifest(self) -> dict:
@@ -240,95 +223,28 @@ class Retriever:
         Returns:
             list: its results, in the order of the queries.
         """
-        k = self.k if k is None else k
-        if self._searches is None:
-            self._load(queries.device)
-        if self._values:
-            parts = (part.split(_ROWS) for part in self._search_tensors(queries, k))
-            return [
-                function(slice(number * _ROWS, number * _ROWS + len(found[0])), Neighbors(*found))
-                for number, found in enumerate(zip(*parts))
-            ]
-        flat = np.ascontiguousarray(queries.float().cpu().numpy())
-        if len(self.datastores) == 1:
-            (index,), (datastore,) = self._searches, self.datastores
-            return index.map(
-                lambda rows, *found: function(rows, _neighbors(datastore, 0, *found)),
-                flat, k, self.nprobe,
-            )  # fmt: skip
-        each = list(self._search_each(flat, k))
-        return [
-            function(rows, _merge(([part[rows] for part in found] for found in each), k))
-            for rows in slices(len(flat))
-        ]
+        if self._searcher is None:
+            self._searcher = self._load(queries.device)
+        return self._searcher.map(function, queries, self.k if k is None else k)
 
-    def _search_each(self, queries: np.ndarray, k: int) -> Iterator[Neighbors]:
-        first_id = 0
-        for datastore, index in zip(self.datastores, self._searches):
-            found = index.search(queries, min(k, len(datastore)), self.nprobe)
-            yield _neighbors(datastore, first_id, *found)
-            first_id += len(datastore)
-
-    def _search_tensors(self, queries: torch.Tensor, k: int) -> Neighbors:
-        """The same in tensors that stay on the device that searches."""
-        each, first_id = [], 0
-        for datastore, search, values in zip(self.datastores, self._searches, self._values):
-            most = min(k, len(datastore))
-            if self._exhaustive:
-                distances, ids = search.search(queries, most)
-            else:
-                distances, ids = search.search_tensors(queries, most, self.nprobe)
-            missing = ids < 0
-            found = values[ids.clamp(min=0)].long().masked_fill_(missing, 0)
-            each.append(Neighbors(distances, found, (ids + first_id).masked_fill_(missing, -1)))
-            first_id += len(datastore)
-        return each[0] if len(each) == 1 else _merge(each, k)
-
-    def _load(self, device: torch.device) -> None:
-        """Load what is searched; *device*: of the queries.
-
-        Where all of it takes tensors, the values are put beside it.
-        """
+    def _load(self, device: torch.device):
+        """What searches; *device*: of the queries."""
+        datastores, metric = self.datastores, self._manifest["metric"]
         if self._exhaustive:
             # "cuda" without a number is the GPU of this process
-            devices = [device if each == "auto" else torch.device(each) for each in self._devices]
-            self._searches = [
-                ExhaustiveSearch(datastore.keys, datastore.manifest["metric"], each)
-                for datastore, each in zip(self.datastores, devices)
-            ]
-        else:
-            self._searches = [
-                SearchIndex(
-                    datastore.index_path,
-                    datastore.manifest["metric"],
-                    keys=datastore.keys if self.distances == "exact" else None,
-                    device=each,
-                )
-                for datastore, each in zip(self.datastores, self._devices)
-            ]
-            devices = [device] * len(self._searches)
-        on_gpu = device.type == "cuda"
-        if self._exhaustive or on_gpu and all(search.takes_tensors for search in self._searches):
-            self._values = [
-                torch.from_numpy(datastore.values.astype(np.int32)).to(each)
-                for datastore, each in zip(self.datastores, devices)
-            ]
-
-
-def _neighbors(datastore: Datastore, first_id: int, distances, ids) -> Neighbors:
-    missing = ids < 0
-    if not missing.any():
-        values, ids = datastore.values[ids].astype(np.int64), ids + first_id
-    else:
-        values = np.where(missing, 0, datastore.values[np.where(missing, 0, ids)]).astype(np.int64)
-        ids = np.where(missing, -1, ids + first_id)
-    return Neighbors(*(torch.from_numpy(part) for part in (distances, values, ids)))
-
-
-def _merge(each, k: int) -> Neighbors:
-    return _nearest(Neighbors(*(torch.cat(parts, dim=1) for parts in zip(*each))), k)
-
-
-def _nearest(neighbors: Neighbors, k: int) -> Neighbors:
-    distances, order = neighbors.distances.topk(k, dim=1, largest=False, sorted=True)
-    return Neighbors(distances, neighbors.values.gather(1, order), neighbors.ids.gather(1, order))
+            device = device if self._device == "auto" else torch.device(self._device)
+            every = [ExhaustiveSearch(datastore.keys, metric, device) for datastore in datastores]
+            return DeviceSearch(datastores, [each.search for each in every], device)
+        indexes = [
+            SearchIndex(
+                datastore.index_path,
+                metric,
+                keys=datastore.keys if self.distances == "exact" else None,
+                device=each,
+            )
+            for datastore, each in zip(datastores, self._index_devices)
+        ]
+        if device.type == "cuda" and all(index.takes_tensors for index in indexes):
+            searches = [partial(index.search_tensors, nprobe=self.nprobe) for index in indexes]
+            return DeviceSearch(datastores, searches, device)
+        return HostSearch(datastores, indexes, self.nprobe)

@@ -13,7 +13,7 @@ FLOORS = [
     ["bootstrap", "checkpoints", "fingerprint", "interpolation", "metrics"],
     ["exhaustive", "list_search"],
     ["cache", "context", "datastore", "index", "inspection", "key_extractor"],
-    ["datastore_writer", "neighbors_file", "search_index", "tuned"],
+    ["datastore_writer", "neighbors", "neighbors_file", "search_index", "tuned"],
     ["inspection_html", "inspection_text", "report_html"],
     ["cache_sweep", "retriever", "scorer", "sweep"],
     ["analysis", "config", "estimate", "eval_lm", "generator", "memories", "temperature"],

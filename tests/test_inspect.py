@@ -20,7 +20,7 @@ from fairseq_knnlm.context import BlockDataset, ChunkCollater, only_rows
 from fairseq_knnlm.errors import UserError
 from fairseq_knnlm.inspection import Inspection, Inspector, Lines, Neighbor, Token
 from fairseq_knnlm.interpolation import knn_weights
-from fairseq_knnlm.retriever import Neighbors
+from fairseq_knnlm.neighbors import Neighbors
 
 K, LAMBDA, TEMPERATURE = 12, 0.3, 4.0
 

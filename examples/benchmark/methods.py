@@ -7,7 +7,8 @@ from timing import Stopwatch, interleaved, median, was_held_up
 from fairseq_knnlm.datastore import Datastore
 from fairseq_knnlm.interpolation import interpolate, knn_log_probs
 from fairseq_knnlm.metrics import perplexity
-from fairseq_knnlm.retriever import Neighbors, Retriever
+from fairseq_knnlm.neighbors import Neighbors
+from fairseq_knnlm.retriever import Retriever
 from fairseq_knnlm.scorer import encode
 
 MODEL, OURS = "language model", "fairseq_knnlm"

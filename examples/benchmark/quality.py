@@ -12,7 +12,7 @@ import torch
 from fairseq_knnlm.exhaustive import ExhaustiveSearch
 from fairseq_knnlm.interpolation import interpolate, knn_log_probs
 from fairseq_knnlm.metrics import perplexity
-from fairseq_knnlm.retriever import Neighbors
+from fairseq_knnlm.neighbors import Neighbors
 
 # Elements of gathered candidates.
 _GATHERED = 1 << 26
