@@ -31,8 +31,10 @@ _SIGMAS = 3.5
 # Elements of a matrix of keys, or of products: what stays in a core's cache.
 _BLOCK = 1 << 20
 _MAX_KEYS_OF_BLOCK = 1 << 12
-# Matrices are as large as the next multiple of these: a kernel is compiled for every shape.
-_QUERIES_STEP, _KEYS_STEP = 64, 64
+# Matrices have a multiple of so many rows, ...
+_ROWS_STEP = 64
+# ... and of this share of the next lower power of two: a kernel is compiled for every shape.
+_SIZES_OF_OCTAVE = 4
 # Queries whose neighbours are handed over at a time: some thousand stay in a core's cache.
 ROWS = 64
 # Ids share 64 bits with distances.
@@ -62,7 +64,7 @@ class ListSearch:
         self._pair_distances = pair_distances
         self._type = near_pairs.rounded_type()
         self._columns = near_pairs.columns(keys.shape[1])
-        self._keys_of_block = _fitting(self._columns, _KEYS_STEP, _MAX_KEYS_OF_BLOCK)
+        self._keys_of_block = _fitting(self._columns, _MAX_KEYS_OF_BLOCK)
         self._center = near_pairs.center_of(self._keys, metric)
         self._of_thread = threading.local()
         self._memory = np.empty(0, dtype=np.uint64)
@@ -181,11 +183,11 @@ class ListSearch:
         for first in range(0, len(ids), self._keys_of_block):
             block_ids = ids[first : first + self._keys_of_block]
             keys, right = self._read(block_ids, scratch)
-            queries_of_block = _fitting(max(right.shape), _QUERIES_STEP, len(rows))
+            queries_of_block = _fitting(max(right.shape), len(rows))
             for begin in range(0, len(rows), queries_of_block):
                 part = slice(begin, begin + queries_of_block)
                 count = len(rows[part])
-                left = _head(scratch.left, _padded(count, _QUERIES_STEP), self._columns)
+                left = _head(scratch.left, _padded(count), self._columns)
                 torch.index_select(sides, 0, torch.from_numpy(rows[part]), out=left[:count])
                 products = _head(scratch.products, len(left), len(right))
                 torch.mm(left, right.t(), out=products)
@@ -200,7 +202,7 @@ class ListSearch:
         torch.from_numpy(keys).copy_(torch.from_numpy(found))  # numpy converts slower
         if self._metric == "l2":
             keys -= self._center
-        right = scratch.right[: _padded(len(ids), _KEYS_STEP)]
+        right = scratch.right[: _padded(len(ids))]
         near_pairs.write_keys(right[: len(ids)], keys, self._metric)
         right[len(ids) :] = 0
         return keys, right
@@ -208,7 +210,7 @@ class ListSearch:
     def _scratch(self) -> "_Scratch":
         if not hasattr(self._of_thread, "scratch"):
             count, dimension = self._keys_of_block, self._keys.shape[1]
-            elements = max(_BLOCK, _QUERIES_STEP * max(self._columns, _MAX_KEYS_OF_BLOCK))
+            elements = max(_BLOCK, _ROWS_STEP * max(self._columns, _MAX_KEYS_OF_BLOCK))
             self._of_thread.scratch = _Scratch(
                 np.empty((count, dimension), self._keys.dtype),
                 np.empty((count, dimension), np.float32),
@@ -251,13 +253,19 @@ class _Scratch(NamedTuple):
     products: torch.Tensor
 
 
-def _padded(count: int, step: int) -> int:
-    return -(-count // step) * step
+def _step(count: int) -> int:
+    return max(_ROWS_STEP, (1 << count.bit_length() - 1) // _SIZES_OF_OCTAVE)
 
 
-def _fitting(width: int, step: int, limit: int) -> int:
-    """Rows of a block, a multiple of *step*, of *width* elements each; at least one *step*."""
-    return _padded(max(1, min(_BLOCK // width - step + 1, limit)), step)
+def _padded(count: int) -> int:
+    """Rows of a matrix for *count* of them."""
+    return -(-count // _step(count)) * _step(count)
+
+
+def _fitting(width: int, limit: int) -> int:
+    """Rows of a block of *width* elements each, which fit in it padded."""
+    most = max(_ROWS_STEP, _BLOCK // width)
+    return min(most - most % _step(most), limit)
 
 
 def _head(buffer: torch.Tensor, *shape: int) -> torch.Tensor:
