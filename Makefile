@@ -30,7 +30,7 @@ PIP_FLAGS = -q --disable-pip-version-check
 
 help:
 	@echo "make demo         raw text to a kNN language model and its perplexity: examples/sotu, 12 minutes"
-	@echo "make paper        the paper section by section: examples/paper, 90 minutes, 12 GB of disk"
+	@echo "make paper        the paper section by section: examples/paper, 65 minutes, 12 GB of disk"
 	@echo "make test         the tests"
 	@echo "make lint         ruff: check and format --check"
 	@echo "make install      only make .venv"

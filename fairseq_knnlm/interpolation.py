@@ -14,6 +14,8 @@ from .errors import UserError
 _TEMPERATURES = (1e-30, 1e30)
 # A finite stand-in for the logarithm of 0.
 _LEAST = torch.finfo(torch.float32).min
+# What is exp(-80) of the largest adds nothing, and exp of less takes five times as long.
+_LEAST_LOG_WEIGHT = -80.0
 # Two weights such as 0.9 and 0.1 need not add up to 1 in binary.
 ROUNDING = 1e-9
 
@@ -49,12 +51,16 @@ def knn_log_probs(distances, values, targets, temperature=1.0):
             f"got {tuple(distances.shape)}, {tuple(values.shape)}, {tuple(targets.shape)}"
         )
     log_weights = _log_weights(distances, temperature)
-    log_total = log_weights.logsumexp(dim=1)
     matches = values == targets.unsqueeze(1)
-    log_matched = _log_sum(log_weights, matches)
-    # a query without any neighbour has log_total = -inf, and -inf - -inf would be nan
-    log_p_knn = (log_matched - log_total).clamp_(max=0.0)
-    return log_p_knn.masked_fill_(log_matched.isneginf(), -math.inf)
+    weights = log_weights.clamp(min=_LEAST_LOG_WEIGHT).exp_()
+    total = weights.sum(dim=1)
+    matched = weights.mul_(matches).sum(dim=1)
+    log_p_knn = (matched / total).log_().clamp_(max=0.0)
+    # where what was raised to the least weight counts
+    raised = distances.size(1) * math.exp(_LEAST_LOG_WEIGHT) / torch.finfo(torch.float32).eps
+    (far,) = ((matched > 0) & (matched < raised)).nonzero(as_tuple=True)
+    log_p_knn[far] = _log_sum(log_weights[far], matches[far]) - total[far].log()
+    return log_p_knn
 
 
 def vocabulary_log_probs(distances, values, vocabulary_size, temperature=1.0):
@@ -111,8 +117,7 @@ def _log_sum(log_weights, matches):
     """Log of the summed weights of those that match, shape (N,); -inf where none does."""
     matched = log_weights.masked_fill(~matches, -math.inf)
     most = matched.amax(dim=1, keepdim=True)
-    # what is exp(-80) of the largest adds nothing, and exp of less takes five times as long
-    raised = matched.maximum(most.clamp(min=_LEAST) - 80)
+    raised = matched.maximum(most.clamp(min=_LEAST) + _LEAST_LOG_WEIGHT)
     return raised.logsumexp(dim=1).masked_fill_(most.squeeze(1).isneginf(), -math.inf)
 
 
@@ -123,7 +128,7 @@ def _log_weights(distances, temperature):
     temperature = min(max(temperature, _TEMPERATURES[0]), _TEMPERATURES[1])
     # relative to the nearest: float32 has few digits left for differences of large distances
     nearest = distances.float().amin(dim=1, keepdim=True).nan_to_num_(posinf=0.0)
-    return (nearest - distances) / temperature
+    return (nearest - distances).div_(temperature)
 
 
 def interpolate(log_p_lm, log_p_knn, knn_lambda):

@@ -13,6 +13,7 @@ again without one, one that found too many keeps the nearest.
 
 import contextlib
 import math
+import sys
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -35,11 +36,16 @@ _MAX_KEYS_OF_BLOCK = 1 << 12
 _ROWS_STEP = 64
 # ... and of this share of the next lower power of two: a kernel is compiled for every shape.
 _SIZES_OF_OCTAVE = 4
-# Queries whose neighbours are handed over at a time: some thousand stay in a core's cache.
-ROWS = 64
-# Ids share 64 bits with distances.
-MAX_KEYS = 1 << 32
+# What a thread works on at a time, of a matrix with a row for each query: elements, few enough to
+# stay in a core's cache, ...
+_ELEMENTS = 1 << 18
+# ... and rows: threads take turns in Python, and many short ones cost more than the work.
+ROWS = 1 << 10
+# Ids share 64 bits with distances; one of them is none.
+MAX_KEYS = (1 << 32) - 1
 _NONE = np.iinfo(np.uint64).max
+_SIGN = np.uint32(1 << 31)
+_LOW, _HIGH = (0, 1) if sys.byteorder == "little" else (1, 0)
 
 
 class ListSearch:
@@ -79,10 +85,10 @@ class ListSearch:
         Of equal distances the lower id comes first.
 
         Args:
-            function (callable): called for ``ROWS`` or fewer queries at a time, from several
-                threads, with a slice, the queries; distances, shape (n, k), float32, squared L2 or
-                minus the inner product, nearest first, +inf where there is no neighbour; and ids,
-                shape (n, k), int64, -1 where there is none.
+            function (callable): called for some of the queries at a time, from several threads,
+                with a slice, the queries; distances, shape (n, k), float32, squared L2 or minus the
+                inner product, nearest first, +inf where there is no neighbour; and ids, shape
+                (n, k), int64, -1 where there is none.
             queries (ndarray): shape (N, D), float32.
             probes (ndarray): shape (N, P), int64, the lists of each query, each once; -1 for none.
             k (int): neighbours.
@@ -100,7 +106,8 @@ class ListSearch:
                 unlimited = np.full(len(short), np.inf, dtype=np.float32)
                 again = self._nearest(queries[short], probes[short], unlimited, k, pool, np.empty)
                 nearest.replace(short, again)
-            results = pool.map(lambda rows: function(rows, *nearest.of(rows)), slices(len(queries)))
+            parts = slices(len(queries), k)
+            results = pool.map(lambda rows: function(rows, *nearest.of(rows)), parts)
             return list(results)
 
     def _workspace(self, shape: tuple[int, ...], dtype) -> np.ndarray:
@@ -138,7 +145,7 @@ class ListSearch:
             np.copyto(part, np.inf, where=np.arange(part.shape[1]) >= ends[rows, -1:])
             part.partition(rank - 1, axis=1)
 
-        list(pool.map(partition, slices(len(sample))))
+        list(pool.map(partition, slices(*sample.shape)))
         return sample[:, rank - 1].copy()
 
     def _nearest(self, queries, probes, limits, k: int, pool, allocate) -> "_Nearest":
@@ -162,7 +169,7 @@ class ListSearch:
             part = queries[rows], limits[rows]
             near_pairs.write_queries(sides[rows], *part, self._metric, rounding)
 
-        list(pool.map(write, slices(len(queries))))
+        list(pool.map(write, slices(*sides.shape)))
         return sides
 
     def _each_block(self, visit: Callable, sides, probes, stride: int, pool) -> None:
@@ -220,9 +227,10 @@ class ListSearch:
         return self._of_thread.scratch
 
 
-def slices(count: int) -> Iterator[slice]:
-    """Cut *count* queries into slices of ``ROWS`` or fewer."""
-    return (slice(start, min(start + ROWS, count)) for start in range(0, count, ROWS))
+def slices(count: int, width: int) -> Iterator[slice]:
+    """Cut *count* queries, each of a row of *width* elements, into what a thread does at a time."""
+    rows = max(1, min(ROWS, _ELEMENTS // width))
+    return (slice(start, min(start + rows, count)) for start in range(0, count, rows))
 
 
 @contextlib.contextmanager
@@ -383,11 +391,11 @@ class _Nearest:
             np.copyto(kept, _NONE, where=np.arange(kept.shape[1]) >= counts[:, None])
             kept.sort(axis=1)
 
-        list(pool.map(sort, slices(len(self._kept))))
+        list(pool.map(sort, slices(*self._kept.shape)))
 
     def incomplete(self) -> np.ndarray:
         """Queries that had a limit and of which the k-th nearest is not within it."""
-        farthest, _ = _unpack(self._kept[:, self._k - 1])
+        farthest = _unpack(self._kept[:, self._k - 1 : self._k])[0][:, 0]
         return np.flatnonzero((farthest > self._limits) & (self._limits < np.inf))
 
     def replace(self, queries: np.ndarray, other: "_Nearest") -> None:
@@ -403,14 +411,13 @@ def nearest_first(distances: np.ndarray, ids: np.ndarray, k: int):
     """The k nearest of some candidates, nearest first; of equal distances the lower id first.
 
     Args:
-        distances (ndarray): shape (n, m), float32.
+        distances (ndarray): shape (n, m), float32; where there is none, above all others.
         ids (ndarray): shape (n, m), int64, -1 where there is none.
 
     Returns:
-        tuple: distances and ids, each of shape (n, k).
+        tuple: distances, +inf where there is none, and ids, each of shape (n, k).
     """
     packed = _pack(distances, ids)
-    packed[ids < 0] = _NONE
     packed.sort(axis=1)
     return _unpack(packed[:, :k])
 
@@ -428,17 +435,31 @@ def _room(k: int) -> int:
 
 
 def _pack(distances: np.ndarray, ids: np.ndarray) -> np.ndarray:
-    bits = distances.view(np.int32)
-    # the bits of a float sort as it does once those of negative ones are reversed
-    ordered = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).view(np.uint32) ^ np.uint32(1 << 31)
-    return (ordered.astype(np.uint64) << np.uint64(32)) | ids.astype(np.uint64)
+    """Integers that sort by distance, then by id; -1 is the last of all ids."""
+    packed = np.empty(distances.shape, dtype=np.uint64)
+    halves = _halves(packed)
+    halves[..., _LOW] = ids
+    np.bitwise_xor(_sortable(distances.view(np.int32)).view(np.uint32), _SIGN, halves[..., _HIGH])
+    return packed
 
 
 def _unpack(packed: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    bits = ((packed >> np.uint64(32)).astype(np.uint32) ^ np.uint32(1 << 31)).view(np.int32)
-    distances = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).view(np.float32)
-    ids = (packed & np.uint64(MAX_KEYS - 1)).astype(np.int64)
-    none = packed == _NONE
-    if none.any():
+    """Distances and ids of rows in order, shape (n, k); _NONE, too, is none."""
+    halves = _halves(packed)
+    distances = _sortable((halves[..., _HIGH] ^ _SIGN).view(np.int32)).view(np.float32)
+    ids = halves[..., _LOW].astype(np.int64)
+    if (ids[:, -1:] == MAX_KEYS).any():
+        none = ids == MAX_KEYS
         distances[none], ids[none] = np.inf, -1
     return distances, ids
+
+
+def _halves(packed: np.ndarray) -> np.ndarray:
+    return packed.view(np.uint32).reshape(*packed.shape, 2)
+
+
+def _sortable(bits: np.ndarray) -> np.ndarray:
+    """The bits of floats as integers that sort as they do, or back: negative ones are reversed."""
+    if not bits.size or bits.min() >= 0:
+        return bits
+    return bits ^ ((bits >> 31) & 0x7FFFFFFF)

@@ -55,7 +55,7 @@ class HostSearch:
         each = list(self._search_each(flat, k))
         return [
             function(rows, _merge(([part[rows] for part in found] for found in each), k))
-            for rows in slices(len(flat))
+            for rows in slices(len(flat), k * len(self._datastores))
         ]
 
     def _search_each(self, queries: np.ndarray, k: int) -> Iterator[Neighbors]:
@@ -104,13 +104,15 @@ class DeviceSearch:
 
 
 def _with_values(datastore: Datastore, first_id: int, distances, ids) -> Neighbors:
-    missing = ids < 0
-    if not missing.any():
-        values, ids = datastore.values[ids].astype(np.int64), ids + first_id
-    else:
-        values = np.where(missing, 0, datastore.values[np.where(missing, 0, ids)]).astype(np.int64)
+    if (ids[:, -1:] < 0).any():  # nearest first, none last
+        missing = ids < 0
+        values = np.where(missing, 0, datastore.values.take(np.where(missing, 0, ids)))
         ids = np.where(missing, -1, ids + first_id)
-    return Neighbors(*(torch.from_numpy(part) for part in (distances, values, ids)))
+    else:
+        values, ids = datastore.values.take(ids), ids + first_id if first_id else ids
+    return Neighbors(
+        *(torch.from_numpy(part) for part in (distances, values.astype(np.int64), ids))
+    )
 
 
 def _merge(each, k: int) -> Neighbors:

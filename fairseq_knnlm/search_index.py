@@ -176,7 +176,7 @@ class SearchIndex:
                 )
 
             with one_thread_each() as pool:
-                results += pool.map(use, slices(len(part)))
+                results += pool.map(use, slices(len(part), count))
         return results
 
     @property
@@ -256,7 +256,8 @@ class SearchIndex:
         index.search(queries[order], count, D=distances, I=ids, params=params)
         if self._metric == "ip":
             np.negative(distances, out=distances)
-        distances[ids < 0] = np.inf
+        if (ids[:, -1:] < 0).any():  # nearest first, none last
+            distances[ids < 0] = np.inf
         return Found(distances, ids), order
 
     def _neighbourly(self, queries: np.ndarray) -> np.ndarray:

@@ -23,7 +23,7 @@ def measured(data, checkpoints, datastores, tmp_path_factory):
         "--knn-datastore", datastores["adaptive"],
         "--cache-sizes", *CACHES,
         "--tokens", 300, "--queries", 200, "--straightforward-tokens", 150, "--repeats", 1,
-        "--generated", 6,
+        "--generated", 6, "--floor-tokens", 1000,
         "--index-types", *TYPES, "--index-queries", 100, "--work", folder / "work",
         "--json", folder / "results.json", "--plot", folder / "results.png",
     )  # fmt: skip

@@ -73,6 +73,8 @@ def make_parser():
     add("--shares", type=float, nargs="+", default=[1, 1 / 4, 1 / 16],
         help="parts of train that are datastores (1 0.25 0.0625)")  # fmt: skip
     add("--tokens", type=int, default=1 << 14, help="kNN evaluation is timed on (16384)")
+    add("--floor-tokens", type=int, default=300_000, help="the model alone and the dump are timed "
+        "on, the text repeated if it is shorter (300000)")  # fmt: skip
     add("--queries", type=int, default=1 << 12, help="quality is measured on (4096)")
     add("--straightforward-tokens", type=int, default=1 << 11, help="(2048)")
     add("--repeats", type=int, default=3, help="measurements, of which the median counts (3)")
@@ -123,7 +125,9 @@ def measure(settings, flags, work):
             part, split, flags, knn_flags, datastores[0]["path"], settings.k[-1]
         )
         log("the model alone")
-        floor = measure_floor(settings.data, split, flags, Path(folder), settings.repeats)
+        long = Path(folder) / "long"
+        write_part(settings.data, long, split=split, at_least=settings.floor_tokens)
+        floor = measure_floor(long, split, flags, Path(folder), settings.repeats)
         evaluation = Evaluation(part, split, [*flags, *knn_flags])
         methods, queries = _measure_methods(evaluation, datastores, settings, work)
         log("generation")

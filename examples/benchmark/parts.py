@@ -6,7 +6,7 @@ import numpy as np
 from fairseq.data import indexed_dataset
 
 
-def write_part(data, destination, split="train", share=1.0, tokens=None):
+def write_part(data, destination, split="train", share=1.0, tokens=None, at_least=0):
     """Make a data directory of the first lines of one split of *data*.
 
     Args:
@@ -15,6 +15,7 @@ def write_part(data, destination, split="train", share=1.0, tokens=None):
         split (str): the split.
         share (float): of the lines, in (0, 1].
         tokens (int): only as many lines as hold this many tokens; None: no such limit.
+        at_least (int): tokens that are written; the lines are repeated until there are so many.
     """
     destination.mkdir(parents=True)
     shutil.copy(data / "dict.txt", destination)
@@ -25,6 +26,7 @@ def write_part(data, destination, split="train", share=1.0, tokens=None):
     builder = indexed_dataset.MMapIndexedDatasetBuilder(
         str(destination / f"{split}.bin"), dtype=whole._index.dtype
     )
-    for number in range(count):
-        builder.add_item(whole[number])
+    for _ in range(max(1, -(-at_least // int(whole.sizes[:count].sum())))):
+        for number in range(count):
+            builder.add_item(whole[number])
     builder.finalize(str(destination / f"{split}.idx"))

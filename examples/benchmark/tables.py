@@ -1,6 +1,11 @@
 """What the benchmark found: tables and a plot."""
 
-import matplotlib
+import logging
+
+# where fairseq is imported, everything is logged
+logging.getLogger("matplotlib").setLevel(logging.WARNING)
+
+import matplotlib  # noqa: E402
 
 matplotlib.use("Agg")  # no screen is needed
 import matplotlib.pyplot as plt  # noqa: E402

@@ -1,8 +1,12 @@
 """What a recipe found, and one page of all of it: report.md, with its plots beside it."""
 
+import logging
 from typing import NamedTuple
 
-import matplotlib
+# where fairseq is imported, everything is logged
+logging.getLogger("matplotlib").setLevel(logging.WARNING)
+
+import matplotlib  # noqa: E402
 
 matplotlib.use("Agg")  # no screen is needed
 import matplotlib.pyplot as plt  # noqa: E402
