@@ -3,9 +3,11 @@
 import json
 import math
 import sys
+from pathlib import Path
 
 import pytest
 from conftest import REPOSITORY, evaluate, run
+from fairseq.data.indexed_dataset import make_dataset
 
 SCRIPT = REPOSITORY / "examples" / "benchmark" / "benchmark.py"
 KS, SHARES, CACHES = (2, 16), (1.0, 0.25), (20, 1000)
@@ -23,7 +25,7 @@ def measured(data, checkpoints, datastores, tmp_path_factory):
         "--knn-datastore", datastores["adaptive"],
         "--cache-sizes", *CACHES,
         "--tokens", 300, "--queries", 200, "--straightforward-tokens", 150, "--repeats", 1,
-        "--generated", 6, "--floor-tokens", 1000,
+        "--generated", 6, "--floor-tokens", 1,
         "--index-types", *TYPES, "--index-queries", 100, "--work", folder / "work",
         "--json", folder / "results.json", "--plot", folder / "results.png",
     )  # fmt: skip
@@ -131,6 +133,21 @@ def test_stock_is_stock(results, data, checkpoints):
     )  # fmt: skip
     (stock,) = (row for row in results["floor"] if row["name"] == "stock")
     assert stock["perplexity"] == pytest.approx(expected, abs=0.01)
+
+
+def test_a_short_text_is_repeated(data, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(SCRIPT.parent))
+    from parts import write_part
+
+    write_part(Path(data), tmp_path / "once", split="valid")
+    write_part(Path(data), tmp_path / "long", split="valid", at_least=2000)
+    once, long = (
+        [line.tolist() for line in make_dataset(str(tmp_path / name / "valid"), impl="mmap")]
+        for name in ("once", "long")
+    )
+    copies = len(long) // len(once)
+    assert long == copies * once
+    assert sum(map(len, long)) >= 2000 > sum(map(len, long)) - sum(map(len, once))
 
 
 def test_measurements_take_turns(monkeypatch):
