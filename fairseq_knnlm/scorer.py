@@ -24,7 +24,7 @@ class Encoded(NamedTuple):
     """What one forward pass over a chunk gives, rows in corpus order.
 
     log_p_lm (Tensor): shape (N,), float32, log p_lm(target); None if not asked for.
-    keys (Tensor): shape (N, D), the model's dtype; None without an extractor.
+    keys (Tensor): shape (N, D), the model's dtype or what was asked for; None without an extractor.
     """
 
     log_p_lm: Optional[torch.Tensor]
@@ -38,6 +38,7 @@ def encode(
     extractor: Optional[KeyExtractor] = None,
     log_probs: bool = True,
     softmax_batch: int = 0,
+    key_type: Optional[torch.dtype] = None,
 ) -> Encoded:
     """Run a language model over a chunk; the softmax only if *log_probs* are asked for.
 
@@ -46,6 +47,7 @@ def encode(
         sample (dict): from ``context.ChunkCollater``, on the model's device.
         extractor (KeyExtractor): an entered extractor on this model.
         softmax_batch (int): most tokens of one softmax; 0: as many as memory allows.
+        key_type (torch.dtype): of the keys; None: the model's.
     """
     targets = sample["target"]
     log_p_lm = targets.new_empty(len(targets), dtype=torch.float32) if log_probs else None
@@ -62,8 +64,9 @@ def encode(
             length = batch["src_tokens"].size(1)
             scored = extractor.keys[positions % length, positions // length]
             if keys is None:
-                keys = scored.new_empty(len(targets), scored.size(1))
-            keys[rows] = scored
+                shape = len(targets), scored.size(1)
+                keys = scored.new_empty(shape, dtype=key_type or scored.dtype)
+            keys[rows] = scored.to(keys.dtype)
     return Encoded(log_p_lm, keys)
 
 

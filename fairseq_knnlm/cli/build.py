@@ -152,8 +152,7 @@ def _tried(cfg):
         device, tokens = next(model.parameters()).device, 0
         for sample in _samples(cfg, task, blocks, chunks):
             start = time.monotonic()
-            encoded = encode(model, common.to_device(sample, device), extractor, log_probs=False)
-            encoded.keys.to("cpu", torch.float16)
+            _encode_keys(model, common.to_device(sample, device), extractor).cpu()
             seconds = time.monotonic() - start
             tokens += sample["ntokens"]
         on_gpu = torch.cuda.max_memory_allocated() if device.type == "cuda" else 0
@@ -277,23 +276,28 @@ def _dump(cfg, task, model, extractor, blocks, chunks, writer) -> None:
     with ThreadPoolExecutor(1) as background:
         writing = None
         for number, sample in zip(chunks, progress):
-            encoded = encode(model, common.to_device(sample, device), extractor, log_probs=False)
+            keys = _encode_keys(model, common.to_device(sample, device), extractor)
             if writing is not None:
                 writing.result()
             if device.type == "cpu":
-                _write(writer, number, encoded.keys, sample["target"])
+                _write(writer, number, keys, sample["target"])
             else:
-                writing = background.submit(_write, writer, number, encoded.keys, sample["target"])
+                writing = background.submit(_write, writer, number, keys, sample["target"])
             entries += sample["ntokens"]
             progress.log({"entries": entries}, tag="dump", step=number)
         if writing is not None:
             writing.result()
 
 
+def _encode_keys(model, sample, extractor):
+    """The keys of a sample as they are stored."""
+    return encode(model, sample, extractor, log_probs=False, key_type=torch.float16).keys
+
+
 def _write(writer, number: int, keys, values) -> None:
     writer.write(
         number,
-        keys.to("cpu", torch.float16).numpy(),
+        keys.cpu().numpy(),
         values.cpu().numpy().astype(writer.value_dtype),
     )
 
