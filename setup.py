@@ -23,6 +23,7 @@ setup(
     author="the fairseq_knnlm authors",
     license="MIT",
     packages=find_packages(include=["fairseq_knnlm", "fairseq_knnlm.*"]),
+    package_data={"fairseq_knnlm": ["py.typed"]},
     # on 3.8 there is no FAISS that reads an index from mapped memory (see extras_require)
     python_requires=">=3.9",
     install_requires=[

@@ -3,5 +3,5 @@
 Importing this package, which is what ``--user-dir`` does, registers the task ``knnlm_lm``.
 """
 
-from . import task as _registers_knnlm_lm  # noqa: F401
+from .plugin import task as _registers_knnlm_lm  # noqa: F401
 from .version import __version__  # noqa: F401

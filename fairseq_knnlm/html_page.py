@@ -1,4 +1,4 @@
-"""What our HTML pages have in common: one file each, that needs no network and may load nothing."""
+"""What our HTML pages have in common: each is one file, needs no network and may load nothing."""
 
 from html import escape
 
@@ -47,14 +47,17 @@ def page(title: str, style: str, body: str) -> str:
 
     Args:
         title (str): text; it is escaped.
-        style (str): CSS beside what all pages have.
-        body (str): HTML; what comes from data is escaped.
+        style (str): CSS besides that of all pages.
+        body (str): HTML, in which what comes from data is escaped already.
+
+    Returns:
+        str: the whole file.
     """
     return _PAGE.format(title=escape(title), style=_STYLE + style, body=body)
 
 
 def definitions(facts: dict) -> str:
-    """Names and values in a line or a few."""
+    """Names and values, in as many lines as they need, as HTML; both are escaped."""
     pairs = "".join(
         f"<div><dt>{escape(name)}</dt><dd>{escape(str(value))}</dd></div>"
         for name, value in facts.items()

@@ -1,40 +1,51 @@
-"""Who may import whom: the rooms of the design, read from the source."""
+"""Who may import whom: the rooms of docs/architecture.md, read from the source and from a process."""
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+from helpers.commands import REPOSITORY
 
-PACKAGE = Path(__file__).resolve().parent.parent / "fairseq_knnlm"
+PACKAGE = REPOSITORY / "fairseq_knnlm"
 
-# A room imports only from the floors below its own.
-FLOORS = [
-    ["errors", "html_page", "near_pairs", "version"],
-    ["bootstrap", "checkpoints", "fingerprint", "interpolation", "metrics"],
-    ["exhaustive", "list_search"],
-    ["cache", "context", "datastore", "index", "inspection", "key_extractor"],
-    ["datastore_writer", "neighbors", "neighbors_file", "search_index", "tuned"],
-    ["inspection_html", "inspection_text", "report_html"],
-    ["cache_sweep", "retriever", "scorer", "sweep"],
-    ["analysis", "config", "estimate", "eval_lm", "generator", "memories", "temperature"],
-    ["report", "task"],
-    ["__init__"],
-    ["cli", "hub"],
+# A room imports only from those before it, and from itself.
+ORDER = [
+    "version",
+    "errors",
+    "html_page",
+    "files",
+    "neighbors",
+    "probability",
+    "datastore",
+    "search",
+    "encoding",
+    "scoring",
+    "inspection",
+    "tuning",
+    "building",
+    "reporting",
+    "plugin",
+    "__init__",
+    "hub",
+    "cli",
 ]
-FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
+FLOOR = {room: number for number, room in enumerate(ORDER)}
 
 # What only some rooms may import.
-GUARDED = {
-    "fairseq": {"config", "task", "generator", "hub", "cli"},
-    "fairseq_cli": {"cli"},
-    "omegaconf": {"config", "task", "generator", "hub", "cli"},
-    "faiss": {"index"},
-    "matplotlib": {"report"},
+DOORS = {
+    "fairseq": {"plugin", "hub", "cli"},
+    "fairseq_cli": {"plugin"},
+    "omegaconf": {"plugin", "hub", "cli"},
+    "faiss": {"search"},
+    "matplotlib": {"reporting"},
 }
+FILES = sorted(PACKAGE.rglob("*.py"))
 
 
 def room_of(file):
-    return "cli" if file.parent.name == "cli" else file.stem
+    return file.relative_to(PACKAGE).parts[0].removesuffix(".py")
 
 
 def imports(file):
@@ -46,7 +57,7 @@ def imports(file):
         elif isinstance(node, ast.ImportFrom):
             base = package[: len(package) - node.level + 1] if node.level else []
             module = ".".join([*base, *([node.module] if node.module else [])])
-            if module in ("fairseq_knnlm", "fairseq_knnlm.cli"):
+            if module == "fairseq_knnlm":
                 yield from (f"{module}.{alias.name}" for alias in node.names)
             else:
                 yield module
@@ -58,34 +69,100 @@ def imported_rooms(file):
         parts = module.split(".")
         if parts[0] == "fairseq_knnlm":
             room = parts[1] if len(parts) > 1 else "__init__"
-            yield room if room in FLOOR or (PACKAGE / f"{room}.py").exists() else "__init__"
+            is_room = (PACKAGE / room).is_dir() or (PACKAGE / f"{room}.py").exists()
+            yield room if is_room else "__init__"
 
 
-FILES = sorted(PACKAGE.rglob("*.py"))
+def file_id(file):
+    return str(file.relative_to(PACKAGE))
 
 
-@pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(PACKAGE)))
+@pytest.mark.parametrize("file", FILES, ids=file_id)
 def test_imports_run_downwards(file):
     room = room_of(file)
-    assert room in FLOOR, f"{file.name} is a new room: give it a floor in {Path(__file__).name}"
+    assert room in FLOOR, f"{room} is a new room: give it a place in {Path(__file__).name}"
     for other in imported_rooms(file):
-        assert other in FLOOR, f"{other} has no floor"
-        assert FLOOR[other] < FLOOR[room] or other == room == "cli", f"{room} imports {other}"
+        assert FLOOR[other] < FLOOR[room] or other == room, f"{room} imports {other}"
 
 
-@pytest.mark.parametrize("guarded, rooms", GUARDED.items(), ids=list(GUARDED))
-def test_only_some_rooms_import(guarded, rooms):
+@pytest.mark.parametrize("library, rooms", DOORS.items(), ids=list(DOORS))
+def test_only_some_rooms_import(library, rooms):
     found = {
         room_of(file)
         for file in FILES
-        if any(module.split(".")[0] == guarded for module in imports(file))
+        if any(module.split(".")[0] == library for module in imports(file))
     }
-    assert found <= rooms
+    assert found == rooms
+
+
+def attributes(file):
+    """Every dotted name that a file reads, such as ``sys.modules``."""
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+            yield f"{node.value.id}.{node.attr}"
+
+
+def test_nobody_goes_around_the_doors():
+    """A library that a room may not import is not reached by another way either."""
+    for name in ("sys.modules", "importlib.import_module"):
+        users = {file_id(file) for file in FILES if name in set(attributes(file))}
+        assert users <= {"plugin/commands.py"}, name
+    for file in FILES:
+        names = {node.id for node in ast.walk(ast.parse(file.read_text())) if hasattr(node, "id")}
+        for library, rooms in DOORS.items():
+            assert library not in names or room_of(file) in rooms, f"{file_id(file)}: {library}"
+
+
+def test_fairseq_would_not_import_our_folders_by_itself():
+    # it imports every file of folders of these names in a user-dir
+    assert not {"models", "tasks"} & {path.name for path in PACKAGE.rglob("*") if path.is_dir()}
 
 
 def test_the_doors_are_seen():
     # or else the tests above would pass for a parser that sees nothing
-    assert {"fairseq.tasks", "fairseq_knnlm.retriever"} <= set(imports(PACKAGE / "task.py"))
-    assert "scorer" in set(imported_rooms(PACKAGE / "cli" / "build.py"))
-    assert "search_index" in set(imported_rooms(PACKAGE / "retriever.py"))
-    assert "faiss" in set(imports(PACKAGE / "index.py"))
+    assert {"fairseq.tasks", "fairseq_knnlm.search.retriever"} <= set(
+        imports(PACKAGE / "plugin" / "task.py")
+    )
+    assert {"building", "datastore", "plugin"} <= {
+        room for file in (PACKAGE / "cli").glob("*.py") for room in imported_rooms(file)
+    }
+    assert "faiss" in set(imports(PACKAGE / "search" / "faiss_import.py"))
+    assert "sys.modules" in set(attributes(PACKAGE / "plugin" / "commands.py"))
+
+
+def run_python(code):
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, check=True
+    )
+    return done.stdout.split()
+
+
+def test_importing_the_plugin_leaves_faiss_out():
+    assert run_python("import fairseq_knnlm, sys; print('faiss' in sys.modules)") == ["False"]
+
+
+def test_torch_is_imported_before_faiss():
+    """The other order gave users of other kNN packages wrong results."""
+    code = "import sys, fairseq_knnlm.search; print(*[m for m in sys.modules if m in {names}])"
+    assert run_python(code.format(names="{'torch', 'faiss'}")) == ["torch", "faiss"]
+    # without the rest of the package, which needs torch by itself
+    code = (
+        "import sys, types\n"
+        "for name in ('fairseq_knnlm', 'fairseq_knnlm.search'):\n"
+        "    sys.modules[name] = types.ModuleType(name)\n"
+        "    sys.modules[name].__path__ = [name.replace('.', '/')]\n"
+        "import fairseq_knnlm.search.faiss_import\n"
+        "print(*[m for m in sys.modules if m in {'torch', 'faiss'}])"
+    )
+    assert run_python(code) == ["torch", "faiss"]
+
+
+PUBLIC = ["datastore", "search", "probability", "encoding", "scoring", "tuning", "building", "hub"]
+
+
+@pytest.mark.parametrize("room", PUBLIC)
+def test_public_names_are_there(room):
+    module = __import__(f"fairseq_knnlm.{room}", fromlist=["__all__"])
+    assert sorted(set(module.__all__), key=str.lower) == sorted(module.__all__, key=str.lower)
+    for name in module.__all__:
+        assert getattr(module, name).__doc__, f"{room}.{name} has no docstring"

@@ -6,7 +6,7 @@ import sys
 import zipfile
 
 import pytest
-from conftest import REPOSITORY, command, run
+from helpers.commands import REPOSITORY, command, run
 
 import fairseq_knnlm
 
@@ -33,6 +33,7 @@ def test_wheel_holds_the_package_and_nothing_else(wheel):
     sources = {
         str(path.relative_to(REPOSITORY)) for path in (REPOSITORY / "fairseq_knnlm").rglob("*.py")
     }
+    sources.add("fairseq_knnlm/py.typed")  # the annotations are for users' type checkers
     assert {name for name in names if ".dist-info/" not in name} == sources
 
 

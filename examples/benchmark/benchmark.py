@@ -42,10 +42,10 @@ from tables import lines, plot  # noqa: E402
 from timing import LEAST_CPU  # noqa: E402
 
 import fairseq_knnlm  # noqa: E402
-from fairseq_knnlm.cli import common  # noqa: E402
-from fairseq_knnlm.datastore import Datastore  # noqa: E402
-from fairseq_knnlm.index import faiss_version  # noqa: E402
-from fairseq_knnlm.metrics import perplexity  # noqa: E402
+from fairseq_knnlm.cli.command_line import configure_logging  # noqa: E402
+from fairseq_knnlm.datastore.datastore import Datastore  # noqa: E402
+from fairseq_knnlm.probability.metrics import perplexity  # noqa: E402
+from fairseq_knnlm.search.faiss_import import faiss_version  # noqa: E402
 
 STARTED = time.monotonic()
 
@@ -269,7 +269,7 @@ def log(line):
 
 def main(argv=None):
     settings, flags = parse(argv)
-    common.configure_logging()
+    configure_logging()
     warnings.simplefilter("ignore")  # hydra and torch warn of how fairseq uses them
     with tempfile.TemporaryDirectory() as folder:
         work = settings.work or Path(folder)

@@ -7,7 +7,7 @@ import shutil
 from parts import write_part
 from processes import build_apart
 
-from fairseq_knnlm.datastore import Datastore
+from fairseq_knnlm.datastore.datastore import Datastore
 
 
 def make_datastores(data, given, shares, flags, work):

@@ -11,7 +11,7 @@ from evaluation import Evaluation
 from processes import QUIET, eval_lm, timed_build
 from timing import Stopwatch, interleaved, median, was_held_up
 
-from fairseq_knnlm.cli import common
+from fairseq_knnlm.cli.command_line import make_eval_parser
 
 
 def measure_floor(data, split, flags, work, repeats):
@@ -78,7 +78,7 @@ def measure_commands(data, split, flags, knn_flags, datastore, k):
     """
     flags = [*flags, "--gen-subset", split]
     rows = [{"name": "stock", **eval_lm(data, flags)}]
-    ours = common.make_parser("", gen_subset=split).get_default("user_dir")
+    ours = make_eval_parser("", gen_subset=split).get_default("user_dir")
     for distances in ("index", "exact"):
         words = ["--user-dir", ours, "--task", "knnlm_lm", "--knn-datastore", datastore]
         words += ["--knn-k", k, "--knn-distances", distances, *knn_flags]

@@ -5,8 +5,10 @@ import argparse
 import torch
 from timing import Stopwatch, interleaved, median, was_held_up
 
-from fairseq_knnlm.cli import common
-from fairseq_knnlm.retriever import Retriever
+from fairseq_knnlm.cli.loading import max_positions
+from fairseq_knnlm.plugin.generator import KNNGenerator, KNNModel
+from fairseq_knnlm.plugin.task import KNNLMTask
+from fairseq_knnlm.search.retriever import Retriever
 
 WAYS = {
     "beam of 5": {"beam": 5},
@@ -36,14 +38,13 @@ def measure_generation(evaluation, datastore, settings):
         for k in settings.k
     }
     prompts = evaluation.prompts(PROMPTS, PROMPT_TOKENS)
-    longest = common.max_positions(evaluation.model) - 1
+    longest = max_positions(evaluation.model) - 1
     length = min(PROMPT_TOKENS + settings.generated, longest)
     measurements = {
         (way, k): _generating(evaluation, prompts, length, retrievers.get(k), WAYS[way])
         for way in WAYS
         for k in (None, *settings.k)
     }
-    evaluation.task.retriever = None
     rows = []
     for (way, k), runs in interleaved(measurements, settings.repeats).items():
         step_ms = 1e3 * median(runs, "seconds") / runs[0]["tokens"]
@@ -68,9 +69,13 @@ def measure_generation(evaluation, datastore, settings):
 def _generating(evaluation, prompts, length, retriever, way):
     """A measurement of generating *length* tokens and ``</s>`` from each prompt."""
     task, model = evaluation.task, evaluation.model
-    task.retriever, task.settings = retriever, task.settings._replace(cache_size=0)
     arguments = argparse.Namespace(max_len_b=length, min_len=length, **way)
-    generator = task.build_generator([model], arguments)
+    stock = super(KNNLMTask, task).build_generator
+    if retriever is None:
+        generator = stock([model], arguments)
+    else:
+        mixture = KNNModel([model], retriever, task.settings)
+        generator = stock(mixture, arguments, KNNGenerator)
 
     def generate():
         torch.manual_seed(_SEED)

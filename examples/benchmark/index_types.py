@@ -5,13 +5,14 @@ import shutil
 import time
 
 from datastores import once
-from quality import Judge, as_neighbors, exhaustive_neighbors, exhaustive_search
+from quality import Judge, exhaustive_neighbors, exhaustive_search
 from straightforward import straightforward_factory, sub_quantizers
 from timing import Stopwatch, interleaved, median, was_held_up
 
-from fairseq_knnlm import index as faiss_index
-from fairseq_knnlm.datastore import Datastore
-from fairseq_knnlm.search_index import SearchIndex
+from fairseq_knnlm.datastore.datastore import Datastore
+from fairseq_knnlm.search.exact_search import ExactSearch
+from fairseq_knnlm.search.index_build import build_index
+from fairseq_knnlm.search.index_search import IndexSearch
 
 # A search that takes longer is not repeated.
 LONG_S = 10.0
@@ -44,17 +45,18 @@ def compare_types(types, row, queries, mixture, settings, work, log):
     """
     datastore, ks = Datastore.open(row["path"]), sorted({min(settings.k), max(settings.k)})
     queries = queries.first(settings.index_queries)
-    _, ids = exhaustive_search(datastore, queries.keys.device).search(queries.keys, max(ks))
+    ids = exhaustive_search(datastore, queries.keys.device).search(queries.keys, max(ks)).ids
     reference = exhaustive_neighbors(queries.keys, ids, datastore)
     judge = Judge(queries, datastore, mixture, reference)
-    flat = queries.keys.float().cpu().numpy()
     rows = []
     for factory in types:
         log(f"index {factory}")
         folder = work / f"types-{row['share']:g}"
         figures = make_type(datastore, factory, folder)
         path = index_path(folder, factory)
-        found = _compare(datastore, path, flat, ks, settings.knn_nprobe, settings.repeats, judge)
+        found = _compare(
+            datastore, path, queries.keys, ks, settings.knn_nprobe, settings.repeats, judge
+        )
         rows += [{**figures, **part, "entries": len(datastore)} for part in found]
     return rows
 
@@ -95,7 +97,7 @@ def _build(datastore, factory, folder):
     path = index_path(folder, factory)
     work_path = path.with_suffix(".work")
     start = time.perf_counter()
-    faiss_index.build_index(
+    build_index(
         datastore.keys,
         factory,
         datastore.manifest["metric"],
@@ -115,25 +117,24 @@ def _compare(datastore, path, queries, ks, nprobe, repeats, judge):
     """Search one index for 8, 1024, ... neighbours, with its own and with exact distances.
 
     Args:
-        queries (ndarray): shape (N, D), float32.
+        queries (Tensor): shape (N, D).
         ks (list of int): neighbours per query.
         judge (Judge): of these queries.
 
     Returns:
         list of dict: a row for each k and kind of distances.
     """
-    metric = datastore.manifest["metric"]
+    parts = str(path), datastore.manifest["metric"], datastore.values
     indexes = {
-        "index": SearchIndex(str(path), metric, keys=None),
-        "exact": SearchIndex(str(path), metric, keys=datastore.keys),
+        "index": IndexSearch(*parts, nprobe),
+        "exact": ExactSearch(*parts, datastore.keys, nprobe),
     }
     settings = [(k, distances) for k in ks for distances in indexes]
     rows, searches = [], {}
     for k, distances in settings:
-        found = indexes[distances].search(queries, k, nprobe)  # warms up as well
-        figures = judge(as_neighbors(found.distances, found.ids, datastore))
+        figures = judge(indexes[distances].search(queries, k))  # warms up as well
         rows.append({"k": k, "distances": distances, **figures})
-        searches[k, distances] = _search(indexes[distances], queries, k, nprobe)
+        searches[k, distances] = _search(indexes[distances], queries, k)
     runs = interleaved(searches, repeats, long_s=LONG_S)
     for row, setting in zip(rows, settings):
         seconds = median(runs[setting], "seconds")
@@ -142,10 +143,10 @@ def _compare(datastore, path, queries, ks, nprobe, repeats, judge):
     return rows
 
 
-def _search(index, queries, k, nprobe):
+def _search(index, queries, k):
     def search():
         stopwatch = Stopwatch()
-        index.search(queries, k, nprobe)
+        index.search(queries, k)
         return stopwatch.read()
 
     return search

@@ -4,12 +4,15 @@ from quality import Judge, exhaustive_neighbors, exhaustive_search
 from straightforward import Straightforward
 from timing import Stopwatch, interleaved, median, was_held_up
 
-from fairseq_knnlm.datastore import Datastore
-from fairseq_knnlm.interpolation import interpolate, knn_log_probs
-from fairseq_knnlm.metrics import perplexity
+from fairseq_knnlm.datastore.datastore import Datastore
+from fairseq_knnlm.encoding.encode import encode
+from fairseq_knnlm.encoding.key_extractor import extractor_of
 from fairseq_knnlm.neighbors import Neighbors
-from fairseq_knnlm.retriever import Retriever
-from fairseq_knnlm.scorer import encode
+from fairseq_knnlm.probability.knn import knn_log_probs
+from fairseq_knnlm.probability.metrics import perplexity
+from fairseq_knnlm.probability.mixture import mix
+from fairseq_knnlm.scoring.scorer import make_scorer
+from fairseq_knnlm.search.retriever import Retriever
 
 MODEL, OURS = "language model", "fairseq_knnlm"
 
@@ -67,7 +70,6 @@ class Methods:
         measurements[setting], figures = self._straightforward(judge, straightforward_index)
         rows.append(self._begin_row(*setting, **figures))
         self._add_times(rows, interleaved(measurements, self._settings.repeats))
-        self._evaluation.task.retriever = None
         return rows
 
     def _begin_row(self, method, k, distances, **figures):
@@ -84,7 +86,7 @@ class Methods:
         count, k, queries = len(self._queries.targets), max(self._settings.k), self._queries.keys
         search = exhaustive_search(self._datastore, queries.device)
         stopwatch = Stopwatch(self._evaluation.clock)
-        _, ids = search.search(queries, k)
+        ids = search.search(queries, k).ids
         times = stopwatch.read()
         reference = exhaustive_neighbors(queries, ids, self._datastore)
         search_s = times["seconds"]
@@ -104,9 +106,9 @@ class Methods:
         """
         evaluation = self._evaluation
         task = evaluation.task
-        task.retriever, task.settings = retriever, task.settings._replace(cache_size=cache_size)
-        scorer = task.make_scorer()
-        samples = evaluation.samples()
+        settings = task.settings._replace(cache_size=cache_size)
+        scorer = make_scorer(retriever, settings, None if retriever else task.key)
+        samples = evaluation.samples(retriever)
         for sample in evaluation.batches(1):  # warms up
             scorer.generate([evaluation.model], sample)
 
@@ -126,7 +128,7 @@ class Methods:
         evaluation, settings = self._evaluation, self._settings
         method = Straightforward(self._datastore, index_path, max(settings.k), settings.knn_nprobe)
         samples = evaluation.batches(settings.straightforward_tokens)
-        extractor = next(iter(self._retrievers.values())).extractor(evaluation.model)
+        extractor = extractor_of(evaluation.model, next(iter(self._retrievers.values())).key)
 
         def score(samples=samples):
             stopwatch = Stopwatch(evaluation.clock)
@@ -138,7 +140,7 @@ class Methods:
                     log_p_knn = knn_log_probs(
                         *neighbors, sample["target"], self._mixture.temperature
                     )
-                    interpolate(encoded.log_p_lm, log_p_knn, self._mixture.knn_lambda)
+                    mix(encoded.log_p_lm, log_p_knn, knn_lambda=self._mixture.knn_lambda)
             return {
                 **stopwatch.read(),
                 "tokens": sum(sample["ntokens"] for sample in samples),

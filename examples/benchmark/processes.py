@@ -14,9 +14,9 @@ import time
 from pathlib import Path
 from unittest import mock
 
-from fairseq_knnlm import index
+import fairseq_knnlm.building.build as building
 from fairseq_knnlm.cli import build
-from fairseq_knnlm.task import KNNLMTask
+from fairseq_knnlm.plugin.task import KNNLMTask
 
 # Last of a command line: what a benchmark prints is its table.
 QUIET = ["--log-format", "none"]
@@ -94,7 +94,7 @@ def timed_build(words):
         return noted
 
     with contextlib.ExitStack() as stack:
-        for owner, name in ((KNNLMTask, "chunk_iterator"), (index, "build_index")):
+        for owner, name in ((KNNLMTask, "chunk_iterator"), (building, "build_index")):
             noted = noting(name, getattr(owner, name))
             stack.enter_context(mock.patch.object(owner, name, noted))
         build.main([str(word) for word in words])

@@ -9,10 +9,11 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from fairseq_knnlm.exhaustive import ExhaustiveSearch
-from fairseq_knnlm.interpolation import interpolate, knn_log_probs
-from fairseq_knnlm.metrics import perplexity
 from fairseq_knnlm.neighbors import Neighbors
+from fairseq_knnlm.probability.knn import knn_log_probs
+from fairseq_knnlm.probability.metrics import perplexity
+from fairseq_knnlm.probability.mixture import mix
+from fairseq_knnlm.search.exhaustive_search import ExhaustiveSearch
 
 # Elements of gathered candidates.
 _GATHERED = 1 << 26
@@ -50,7 +51,7 @@ class Mixture(NamedTuple):
             for part in (neighbors.distances, neighbors.values, queries.targets)
         )
         log_p_knn = torch.cat([knn_log_probs(*piece, self.temperature) for piece in zip(*pieces)])
-        return perplexity(interpolate(queries.log_p_lm.cpu(), log_p_knn, self.knn_lambda))
+        return perplexity(mix(queries.log_p_lm.cpu(), log_p_knn, knn_lambda=self.knn_lambda))
 
 
 def exact_distances(queries, ids, keys, metric):
@@ -80,7 +81,7 @@ def exact_distances(queries, ids, keys, metric):
 
 def exhaustive_search(datastore, device):
     """Search of all keys of a datastore on a device."""
-    return ExhaustiveSearch(datastore.keys, datastore.manifest["metric"], device)
+    return ExhaustiveSearch(datastore.keys, datastore.values, datastore.manifest["metric"], device)
 
 
 def exhaustive_neighbors(queries, ids, datastore):

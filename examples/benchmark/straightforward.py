@@ -8,7 +8,7 @@ import faiss
 import numpy as np
 from quality import as_neighbors
 
-from fairseq_knnlm import index as faiss_index
+from fairseq_knnlm.search.index_build import load
 
 
 def straightforward_factory(datastore):
@@ -34,7 +34,7 @@ class Straightforward:
 
     def __init__(self, datastore, index_path, k, nprobe):
         self._datastore, self._k = datastore, k
-        self._index = faiss_index.load(index_path)
+        self._index = load(index_path)
         self._params = faiss.SearchParametersIVF(nprobe=nprobe)
 
     def search(self, queries):

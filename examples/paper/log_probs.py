@@ -11,14 +11,17 @@ import json
 import numpy as np
 import torch
 
-from fairseq_knnlm.cli import common
+from fairseq_knnlm.cli.command_line import make_eval_parser, run_command, with_progress
+from fairseq_knnlm.cli.loading import evaluation_samples, load_split, load_task_and_model
+from fairseq_knnlm.encoding.samples import to_device
+from fairseq_knnlm.files import refuse_unwritable
 
 # What fairseq-knnlm-tune calls the settings of each method; the later ones hold.
 METHODS = {"knn": ["best"], "cache": ["best_cache"], "knn-cache": ["best", "best_knn_cache"]}
 
 
 def make_parser():
-    parser = common.make_parser(__doc__.split("\n", 1)[0], gen_subset="test")
+    parser = make_eval_parser(__doc__.split("\n", 1)[0], gen_subset="test")
     parser.add_argument("--tuned", metavar="FILE", help="--knn-output of fairseq-knnlm-tune")
     parser.add_argument(
         "--method",
@@ -32,17 +35,17 @@ def make_parser():
 
 def run(cfg, args):
     """Score the split and write the file."""
-    common.refuse_unwritable("--output", args.output)
+    refuse_unwritable("--output", args.output)
     if args.tuned:
         use_tuned(cfg.task, args.tuned, args.method)
-    task, model = common.load_task_and_model(cfg)
-    dataset = common.load_split(task, cfg, cfg.dataset.gen_subset)
-    samples = common.evaluation_samples(cfg, task, model, dataset)
+    task, model = load_task_and_model(cfg)
+    dataset = load_split(task, cfg, cfg.dataset.gen_subset)
+    samples = evaluation_samples(cfg, task, model, dataset)
     scorer = task.make_scorer(cfg.eval_lm.softmax_batch)
     device = next(model.parameters()).device
     log_p, targets = [], []
-    for sample in common.with_progress(cfg, samples, prefix="score"):
-        sample = common.to_device(sample, device)
+    for sample in with_progress(cfg, samples, prefix="score"):
+        sample = to_device(sample, device)
         targets.append(sample["target"].cpu())
         for (hypothesis,) in scorer.generate([model], sample):
             log_p.append(hypothesis["positional_scores"].float().cpu())
@@ -65,4 +68,4 @@ def use_tuned(task_cfg, path, method):
 
 
 if __name__ == "__main__":
-    common.run(make_parser(), run)
+    run_command(make_parser(), run)

@@ -10,9 +10,9 @@ from typing import NamedTuple
 import numpy as np
 from pipeline import PLUGIN, display, program, read_json
 
-from fairseq_knnlm.bootstrap import paired_interval
-from fairseq_knnlm.context import document_starts
-from fairseq_knnlm.metrics import perplexity
+from fairseq_knnlm.encoding.blocks import document_starts
+from fairseq_knnlm.probability.bootstrap import paired_interval
+from fairseq_knnlm.probability.metrics import perplexity
 
 HERE = Path(__file__).resolve().parent
 PYTHON = Path(sys.executable)

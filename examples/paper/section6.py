@@ -13,9 +13,8 @@ from pipeline import display, evaluated, program, read_json
 from recipe import HERE, LOGGING, PYTHON, interval
 from report import Section, Table, Trend, all_of, lowers, percent
 
-from fairseq_knnlm.interpolation import interpolate
-from fairseq_knnlm.metrics import perplexity
-from fairseq_knnlm.sweep import best_lambda
+from fairseq_knnlm.probability.metrics import perplexity
+from fairseq_knnlm.probability.mixture import best_weights, mix
 
 TITLE = "Section 6: analysis"
 MEMORISING = "memorising-lm"
@@ -140,8 +139,8 @@ def mixed(lab, base, other):
         [torch.from_numpy(lab.log_p(name, split)) for name in (base, other)]
         for split in ("valid", "test")
     )
-    knn_lambda = best_lambda(*valid)
-    return knn_lambda, *(interpolate(*pair, knn_lambda).numpy() for pair in (valid, test))
+    knn_lambda = float(best_weights(valid)[1])
+    return knn_lambda, *(mix(*pair, knn_lambda=knn_lambda).numpy() for pair in (valid, test))
 
 
 def _row(lab, words, paper, base, other):

@@ -3,13 +3,14 @@
 import argparse
 import sys
 
-from ..datastore import Datastore
+from ..datastore.datastore import Datastore
+from ..datastore.tuned import read_tuned
 from ..errors import UserError
-from ..tuned import read_tuned
+from .command_line import ending_with_text
 
 
 def make_parser():
-    """The parser of this command."""
+    """The parser of this command; it takes none of fairseq's flags."""
     parser = argparse.ArgumentParser(
         description="Print what a datastore holds and what it was built with."
     )
@@ -23,6 +24,16 @@ def make_parser():
 def main(argv=None):
     """Entry point of ``fairseq-knnlm-info``."""
     args = make_parser().parse_args(argv)
+    with ending_with_text():
+        run(args)
+
+
+def run(args):
+    """Print what the datastore holds, and with ``--verify`` what of it is damaged.
+
+    Raises:
+        UserError: if it is no whole datastore, or damaged.
+    """
     datastore = Datastore.open(args.datastore)
     print("\n".join(describe(datastore)))
     if args.verify:
@@ -30,7 +41,7 @@ def main(argv=None):
         for fault in faults:
             print(f"{args.datastore}/{fault}", file=sys.stderr)
         if faults:
-            raise UserError(f"fairseq_knnlm: {args.datastore} is damaged; build it again")
+            raise UserError(f"{args.datastore} is damaged; build it again")
         print("verified: every byte is as it was written")
 
 

@@ -8,9 +8,15 @@ import types
 
 import numpy as np
 from fairseq.data import indexed_dataset
+from fairseq.tasks.language_modeling import LanguageModelingTask
 from fairseq.tokenizer import tokenize_line
+from omegaconf import OmegaConf
 
 from ..errors import UserError
+from ..plugin.compat import numpy_compat
+
+# Name of the split that a text becomes.
+_SPLIT = "passage"
 
 
 def read_lines(path: str) -> list[str]:
@@ -28,24 +34,24 @@ def read_lines(path: str) -> list[str]:
                 data = file.read()
         text = data.decode("utf-8")
     except OSError as error:
-        raise UserError(f"fairseq_knnlm: --input {path}: {error.strerror}") from None
+        raise UserError(f"--input {path}: {error.strerror}") from None
     except UnicodeDecodeError as error:
         raise UserError(
-            f"fairseq_knnlm: --input {name} is no UTF-8 text: byte {error.start} cannot be read"
+            f"--input {name} is no UTF-8 text: byte {error.start} cannot be read"
         ) from None
     if not text.strip():
-        raise UserError(f"fairseq_knnlm: --input {name} is empty: there is no word to look at")
-    lines = text.split("\n")  # as fairseq-preprocess cuts them
+        raise UserError(f"--input {name} is empty: there is no word to look at")
+    lines = text.split("\n")  # fairseq-preprocess cuts lines there, and nowhere else
     return lines if lines[-1] else lines[:-1]
 
 
 @contextlib.contextmanager
 def loaded_text(task, lines: list[str], name: str, split_words=tokenize_line):
-    """Lines as a split of the task, made as ``fairseq-preprocess`` and the task make any other.
+    """Lines as a split, made as ``fairseq-preprocess`` and the task make any other.
 
     Args:
         task: a ``KNNLMTask``.
-        lines: of text.
+        lines (list of str): of text.
         name (str): what to call the text in an error.
         split_words (callable): takes a line, gives the words that the model is to see.
 
@@ -55,7 +61,7 @@ def loaded_text(task, lines: list[str], name: str, split_words=tokenize_line):
     Raises:
         UserError: if the model knows none of the words.
     """
-    dictionary, data = task.source_dictionary, task.args.data
+    dictionary = task.source_dictionary
     sentences = [split_words(line) for line in lines]
     ids = [
         dictionary.encode_line(" ".join(words), tokenize_line, add_if_not_exist=False).long()
@@ -63,39 +69,45 @@ def loaded_text(task, lines: list[str], name: str, split_words=tokenize_line):
     ]
     _refuse_unknown(dictionary, ids, name)
     with tempfile.TemporaryDirectory() as folder:
-        path = os.path.join(folder, "passage")
-        builder = indexed_dataset.make_builder(f"{path}.bin", "mmap", len(dictionary))
+        builder = indexed_dataset.make_builder(
+            os.path.join(folder, f"{_SPLIT}.bin"), "mmap", len(dictionary)
+        )
         for sentence in ids:
             builder.add_item(sentence)
-        builder.finalize(f"{path}.idx")
-        task.args.data = folder
-        try:
-            task.load_dataset("passage")
-        finally:
-            task.args.data = data
-        dataset = task.dataset("passage")
+        builder.finalize(os.path.join(folder, f"{_SPLIT}.idx"))
+        dataset = _load(task, folder)
         words = [word for sentence in sentences for word in [*sentence, dictionary.eos_word]]
-        # empty lines between documents may belong to no block
+        # Empty lines between documents may belong to no block.
         kept = (words[start:stop] for start, stop in dataset.dataset.slice_indices.tolist())
         yield dataset, [word for block in kept for word in block]
 
 
-def _refuse_unknown(dictionary, ids, name: str) -> None:
-    found = np.concatenate([sentence.numpy()[:-1] for sentence in ids])
-    if (found == dictionary.unk()).all():
+def _load(task, folder: str):
+    """The split in a folder, cut in blocks by the settings of a task; the task stays as it is."""
+    args = OmegaConf.merge(task.args, {"data": folder})
+    reader = LanguageModelingTask(args, task.dictionary, task.output_dictionary, task.targets)
+    with numpy_compat():
+        reader.load_dataset(_SPLIT)
+    return reader.dataset(_SPLIT)
+
+
+def _refuse_unknown(dictionary, sentences: list, name: str) -> None:
+    ids = np.concatenate([sentence.numpy()[:-1] for sentence in sentences])
+    if (ids == dictionary.unk()).all():
         raise UserError(
-            f"fairseq_knnlm: none of the {len(found)} words of --input {name} is in the dictionary "
+            f"none of the {len(ids)} words of --input {name} is in the dictionary "
             "of the data: the text must be tokenised as the training text was (see --tokenizer and "
             "--bpe)"
         )
 
 
-class SomeBlocks:
-    """The blocks of a loaded split that hold some of its target tokens, and their left context.
+class BlockRange:
+    """The blocks of a loaded split that hold a range of its target tokens, and their left context.
 
     Args:
         dataset: a loaded split.
-        start, stop (int): target tokens, counted from 0 in corpus order.
+        start, stop (int): the target tokens, counted from 0 in corpus order; *stop* is not among
+            them.
         context_window (int): tokens of left context.
 
     Attributes:

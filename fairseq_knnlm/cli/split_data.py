@@ -1,0 +1,122 @@
+"""What a whole split is tuned with: collected by model and search, or read where it is kept."""
+
+import itertools
+import logging
+import os
+from typing import Optional
+
+import numpy as np
+import torch
+
+from ..datastore.fingerprint import file_fingerprint, weights_fingerprint
+from ..encoding.key_extractor import extractor_of
+from ..errors import UserError
+from ..files import refuse_unwritable
+from ..tuning.collect import collect
+from ..tuning.tuning_data import TuningData, load, refuse_other, save
+from .command_line import context_settings, with_progress
+from .loading import evaluation_samples, load_split
+
+logger = logging.getLogger("fairseq_knnlm.retrieval")
+
+
+class SplitData:
+    """The ``TuningData`` of a split; what cannot be is refused before any work.
+
+    Args:
+        cfg: the command's configuration.
+        task (KNNLMTask): from ``load_task_and_model``.
+        model: from ``load_task_and_model``.
+        split (str): of the data.
+        path (str): file of neighbours; read if it is there, else written. None: neither.
+        keep_queries (bool): whether the hidden states are kept, for a continuous cache.
+
+    Attributes:
+        split (str): of the data.
+        settings (dict): everything that decides what is retrieved.
+
+    Raises:
+        UserError: if there is no such split, it has no known word, or the file is of others.
+    """
+
+    def __init__(
+        self, cfg, task, model, split: str, path: Optional[str] = None, keep_queries: bool = False
+    ):
+        self.split = split
+        self._keep_queries = keep_queries
+        self._cfg, self._task, self._model, self._path = cfg, task, model, path
+        self._dataset = load_split(task, cfg, split)
+        self._refuse_unknown_words()
+        self.settings = self._settings()
+        self._is_kept = path is not None and os.path.exists(path)
+        if self._is_kept:
+            refuse_other(path, self.settings)
+        else:
+            if path is not None:
+                refuse_unwritable("--knn-neighbors", path)
+            self._samples = evaluation_samples(cfg, task, model, self._dataset)
+
+    def _refuse_unknown_words(self) -> None:
+        dictionary = self._task.target_dictionary
+        meaningless = torch.tensor([dictionary.unk(), dictionary.eos()])
+        if all(
+            torch.isin(self._dataset[index]["target"], meaningless).all()
+            for index in range(len(self._dataset))
+        ):
+            raise UserError(
+                f"every word of the split {self.split!r} is unknown ({dictionary.unk_word}): was "
+                f"{self._cfg.task.data} made by fairseq-preprocess with the --srcdict of the "
+                "model's own data?"
+            )
+
+    def _settings(self) -> dict:
+        retriever = self._task.retriever
+        datastores = [] if retriever is None else retriever.datastores
+        folder = self._cfg.task.data.split(os.pathsep)[0]
+        files = [os.path.join(folder, f"{self.split}.{kind}") for kind in ("idx", "bin")]
+        settings = {
+            "model": self._model_fingerprint(),
+            "datastores": [datastore.manifest["checksum"] for datastore in datastores],
+            "data": {"split": self.split, "sha256": file_fingerprint(*files)},
+            "context": context_settings(self._cfg),
+            "k": 0 if retriever is None else retriever.k,
+            "nprobe": self._task.settings.nprobe,
+            "distances": self._task.settings.distances,
+        }
+        if self._keep_queries:
+            extractor = extractor_of(self._model, self._task.key)
+            settings["queries"] = [extractor.key, extractor.layer]
+        return settings
+
+    def _model_fingerprint(self) -> str:
+        if self._task.retriever is None:
+            return weights_fingerprint(self._model)
+        return self._task.retriever.manifest["model"]["sha256"]
+
+    def obtain(self) -> TuningData:
+        """Collect it, and keep it if a file was named, or read it."""
+        if self._is_kept:
+            logger.info(f"{self.split}: neighbours read from {self._path}")
+            return load(self._path, self.settings["k"])
+        data = self._collect()
+        if self._path is not None:
+            save(self._path, data, self.settings)
+            logger.info(f"{self.split}: neighbours written to {self._path}")
+        return data
+
+    def _collect(self) -> TuningData:
+        progress = with_progress(self._cfg, self._samples, prefix=f"retrieve {self.split}")
+        steps = itertools.count(1)
+        return collect(
+            self._model,
+            progress,
+            int(np.sum(self._dataset.sizes)),
+            self._task.target_dictionary.eos(),
+            self._task.retriever,
+            self._task.key,
+            self._keep_queries,
+            self._cfg.eval_lm.softmax_batch,
+            lambda tokens: progress.log(
+                {"tokens": tokens}, tag=f"retrieve_{self.split}", step=next(steps)
+            ),
+        )

@@ -1,0 +1,101 @@
+"""The setting that ``fairseq-knnlm-tune`` chose, kept in the datastore that it was tuned with.
+
+``tuned.json`` lies beside the manifest; of several datastores that were searched as one it lies in
+the first. It names the datastores by the checksums of their manifests, and so the model, the text
+and the index that it holds for: it is of no use with others, and refused.
+"""
+
+import json
+import os
+from collections.abc import Sequence
+from typing import Optional
+
+from ..errors import UserError
+from ..files import render, write_atomically
+from .manifest import TUNED, read_manifest
+
+FORMAT_VERSION = 1
+
+
+def save_tuned(paths: Sequence[str], tuned: dict) -> str:
+    """Store what was tuned with datastores in the first of them.
+
+    Args:
+        paths (sequence of str): their directories, in the order they were searched in.
+        tuned (dict): JSON, finite numbers only; the settings of the search and of the mixture are
+            among it.
+
+    Returns:
+        str: the file.
+
+    Raises:
+        OSError: if it cannot be written.
+        UserError: if a datastore cannot be read, or none is named.
+    """
+    _refuse_none(paths)
+    path = os.path.join(paths[0], TUNED)
+    checksums = [read_manifest(each)["checksum"] for each in paths]
+    write_atomically(
+        path, render({"format_version": FORMAT_VERSION, "datastores": checksums, **tuned})
+    )
+    return path
+
+
+def read_tuned(path: str) -> Optional[dict]:
+    """What is stored in a datastore; None where nothing is.
+
+    Args:
+        path (str): its directory.
+
+    Raises:
+        UserError: if it cannot be read.
+    """
+    path = os.path.join(path, TUNED)
+    try:
+        with open(path, "rb") as file:
+            data = file.read()
+        tuned = json.loads(data)
+        if tuned["format_version"] != FORMAT_VERSION or data != render(tuned):
+            raise ValueError("edited, or of another release")
+    except FileNotFoundError:
+        return None
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path} is damaged ({error}): run fairseq-knnlm-tune again") from None
+    return tuned
+
+
+def tuned_for(paths: Sequence[str]) -> dict:
+    """What was tuned with exactly these datastores.
+
+    Args:
+        paths (sequence of str): their directories, in the order they are searched in.
+
+    Raises:
+        UserError: if nothing was, or it was with others.
+    """
+    _refuse_none(paths)
+    tuned = read_tuned(paths[0])
+    if tuned is None:
+        raise UserError(
+            f"--knn-tuned: {paths[0]} has no {TUNED}: run fairseq-knnlm-tune with "
+            "it first, or give the settings as flags"
+        )
+    expected = tuned["datastores"]
+    if len(paths) != len(expected):
+        raise UserError(
+            f"--knn-tuned: {paths[0]} was tuned with {len(expected)} datastores "
+            f"searched as one, --knn-datastore names {len(paths)}: name the same, or tune again"
+        )
+    for path, checksum in zip(paths, expected):
+        actual = read_manifest(path)["checksum"]
+        if actual != checksum:
+            raise UserError(
+                f"--knn-tuned: {path} (manifest checksum {actual}) is not what was "
+                f"tuned with ({checksum}): its index, model or text is another; tune again"
+            )
+    return tuned
+
+
+def _refuse_none(paths: Sequence[str]) -> None:
+    if isinstance(paths, str) or not paths:
+        raise UserError(f"paths must be a list of one or more directories, got {paths!r}")

@@ -1,0 +1,135 @@
+"""One pass of a language model over a chunk of text: log p of its targets, and their keys.
+
+The softmax is computed only where log p is asked for, and then only of the targets.
+"""
+
+from typing import NamedTuple, Optional
+
+import torch
+import torch.nn.functional as F
+
+from .key_extractor import KeyExtractor
+
+# Largest logits tensor, in elements; --softmax-batch can only make it smaller.
+_MAX_LOGITS = 1 << 25
+
+
+class Encoded(NamedTuple):
+    """What one forward pass over a chunk gives, rows in corpus order; None: not asked for.
+
+    log_p_lm (Tensor): shape (N,), float32, log p_lm(target), natural log.
+    keys (Tensor): shape (N, D), the model's dtype or what was asked for.
+    log_normalizer (Tensor): shape (N,), float32, logsumexp of the logits: with another set of
+        logits, a memory's say, it joins p_lm to one softmax over both (Zhong et al., 2022). Of an
+        adaptive softmax, of the logits of its head.
+    """
+
+    log_p_lm: Optional[torch.Tensor]
+    keys: Optional[torch.Tensor]
+    log_normalizer: Optional[torch.Tensor] = None
+
+
+@torch.no_grad()
+def encode(
+    model,
+    sample: dict,
+    extractor: Optional[KeyExtractor] = None,
+    log_probs: bool = True,
+    softmax_batch: int = 0,
+    key_dtype: Optional[torch.dtype] = None,
+    log_normalizer: bool = False,
+) -> Encoded:
+    """Run a language model over a chunk.
+
+    Args:
+        model: a fairseq decoder-only language model in evaluation mode.
+        sample (dict): from ``samples.ChunkCollater``, on the model's device.
+        extractor (KeyExtractor): an entered extractor on this model; None: no keys.
+        log_probs (bool): whether log p_lm is wanted; without it no softmax is computed.
+        softmax_batch (int): most tokens of one softmax; 0: as many as memory allows.
+        key_dtype (torch.dtype): of the keys; None: the model's.
+        log_normalizer (bool): whether it is wanted beside log p_lm.
+
+    Returns:
+        Encoded: rows in corpus order.
+    """
+    targets = sample["target"]
+    log_p_lm, log_z = (
+        targets.new_empty(len(targets), dtype=torch.float32) if wanted else None
+        for wanted in (log_probs, log_probs and log_normalizer)
+    )
+    keys = None
+    for batch in sample["batches"]:
+        rows, positions = batch["rows"], batch["positions"]
+        inputs = batch["src_tokens"]
+        features = model(inputs, src_lengths=batch["src_lengths"], features_only=True)[0]
+        if log_probs:
+            flat = features.reshape(-1, features.size(-1))[positions]  # (B, T, C) to (n, C)
+            scored = target_log_probs(
+                model.decoder, flat, targets[rows], softmax_batch, log_normalizer
+            )
+            log_p_lm[rows] = scored[0]
+            if log_normalizer:
+                log_z[rows] = scored[1]
+        if extractor is not None:
+            length = inputs.size(1)
+            states = extractor.keys[positions % length, positions // length]  # (T, B, D) to (n, D)
+            if keys is None:
+                shape = len(targets), states.size(1)
+                keys = states.new_empty(shape, dtype=key_dtype or states.dtype)
+            keys[rows] = states.to(keys.dtype)
+    return Encoded(log_p_lm, keys, log_z)
+
+
+def target_log_probs(
+    decoder, features, targets, softmax_batch: int = 0, log_normalizer: bool = False
+):
+    """log p_lm of the targets, without the rest of the distribution.
+
+    Of an adaptive softmax only the head and the clusters that hold a target are computed.
+
+    Args:
+        decoder: a fairseq decoder.
+        features (Tensor): shape (n, C), its output before the softmax.
+        targets (LongTensor): shape (n,).
+        softmax_batch (int): most rows of one softmax; 0: as many as memory allows.
+        log_normalizer (bool): whether it is wanted, see ``Encoded``.
+
+    Returns:
+        tuple of Tensor: log p_lm, shape (n,), float32, natural log, and the log-normaliser, of the
+        same shape; None where it is not wanted.
+    """
+    softmax = getattr(decoder, "adaptive_softmax", None)
+    if softmax is None:
+        score, width = _linear_log_probs, decoder.output_projection.weight.size(0)
+    else:
+        score, width = _adaptive_log_probs, softmax.cutoff[0]
+    step = max(1, _MAX_LOGITS // width)
+    step = min(softmax_batch or step, step)
+    log_p, log_z = [], []
+    for piece, target in zip(features.split(step), targets.split(step)):
+        scores, logits = score(decoder, piece, target)
+        log_p.append(scores)
+        if log_normalizer:
+            log_z.append(logits.float().logsumexp(dim=-1))
+    return torch.cat(log_p), torch.cat(log_z) if log_normalizer else None
+
+
+def _linear_log_probs(decoder, features, targets):
+    """log p of the targets, and the logits that it is normalised over."""
+    logits = decoder.output_layer(features)
+    return -F.cross_entropy(logits.float(), targets, reduction="none"), logits
+
+
+def _adaptive_log_probs(decoder, features, targets):
+    """As ``_linear_log_probs``; the logits are those of the head."""
+    softmax = decoder.adaptive_softmax
+    logits, clustered_targets = softmax(features, targets)
+    log_p = -F.cross_entropy(logits[0].float(), clustered_targets[0], reduction="none")
+    for cluster, (start, stop) in enumerate(zip(softmax.cutoff, softmax.cutoff[1:]), start=1):
+        if logits[cluster] is not None:
+            within = (targets >= start) & (targets < stop)
+            log_p[within] -= F.cross_entropy(
+                logits[cluster].float(), clustered_targets[cluster], reduction="none"
+            )
+    return log_p, logits[0]

@@ -1,0 +1,279 @@
+"""Which memories spoke: what is known of each token of a passage, and of its nearest neighbours.
+
+A datastore keeps no text, but the token ids of its text in their order: those around an entry are
+its context, and every ``</s>`` that fairseq puts behind a line ends one. Where empty lines separate
+documents (as ``--sample-break-mode complete_doc`` reads them) documents are counted as well. A
+datastore that was built in that mode holds no empty lines, so its documents are unknown.
+"""
+
+import functools
+import math
+from collections.abc import Sequence
+from typing import NamedTuple, Optional
+
+import numpy as np
+import torch
+
+from ..errors import UserError
+from ..neighbors import Neighbors
+from ..probability.knn import knn_log_probs, knn_weights
+from ..probability.metrics import perplexity
+from ..probability.mixture import mix
+
+# Tokens of a text that are looked through at a time for the ends of lines.
+_BATCH_TOKENS = 1 << 24
+
+
+class Memory(NamedTuple):
+    """One neighbour: an entry of a datastore that is near to a token's context.
+
+    rank (int): from 1, the nearest.
+    token (str): the value, what followed in the text of the datastore.
+    matches (bool): whether that is the token that is predicted.
+    distance (float): as the search gives it; lower is closer.
+    weight (float): its share of p_knn's mass, exp(-d / T) over the sum of all k; in [0, 1].
+    before, after (list of str): the tokens around the value in the text of the datastore.
+    datastore (int): which one, from 0, in the order of ``--knn-datastore``.
+    row (int): of that datastore, from 0.
+    line (int): line of that datastore's text, from 1.
+    place (int): token within the line, from 1.
+    document (int): from 1; None where no empty lines separate documents.
+    """
+
+    rank: int
+    token: str
+    matches: bool
+    distance: float
+    weight: float
+    before: list
+    after: list
+    datastore: int
+    row: int
+    line: int
+    place: int
+    document: Optional[int]
+
+
+class Token(NamedTuple):
+    """One token of a passage.
+
+    index (int): position among the target tokens of the text, from 0.
+    text (str): as it was written, also where the model knows no such word.
+    unknown (bool): whether the model sees ``<unk>``.
+    ends_line (bool): whether it is the ``</s>`` behind a line.
+    p_lm, p_knn, p_mixture (float): probabilities, in [0, 1]; p_knn is nan without any neighbour.
+    log_ratio (float): ln(p_mixture / p_lm), > 0 where the neighbours helped, never below
+        ln(1 - lambda); -inf where the mixture makes the token impossible.
+    matching (int): how many of the k neighbours have this token as their value.
+    neighbors (list of Memory): the nearest, nearest first, and the nearest that has this token
+        where it is further away.
+    """
+
+    index: int
+    text: str
+    unknown: bool
+    ends_line: bool
+    p_lm: float
+    p_knn: float
+    p_mixture: float
+    log_ratio: float
+    matching: int
+    neighbors: list
+
+
+class Passage(NamedTuple):
+    """A passage, token by token.
+
+    source (str): where it is from, for a person to read.
+    settings (dict): what the neighbours were found and mixed with, by name.
+    tokens (list of Token): in the order of the text.
+    datastores (int): how many were searched.
+    """
+
+    source: str
+    settings: dict
+    tokens: list
+    datastores: int
+
+    def perplexities(self) -> dict:
+        """Perplexity per token, ``</s>`` included: of the language model and of the mixture."""
+        probabilities = [(token.p_lm, token.p_mixture) for token in self.tokens]
+        with np.errstate(divide="ignore"):
+            lm, mixture = np.log(probabilities).T
+        return {"lm": perplexity(lm), "mixture": perplexity(mixture)}
+
+    def to_dict(self) -> dict:
+        """Plain lists and dicts for ``files.write_json``, infinite numbers among them."""
+        tokens = [
+            {**token._asdict(), "neighbors": [memory._asdict() for memory in token.neighbors]}
+            for token in self.tokens
+        ]
+        return {
+            "source": self.source,
+            "settings": self.settings,
+            "perplexity": self.perplexities(),
+            "tokens": tokens,
+        }
+
+
+def place_in_words(memory: Memory, datastores: int) -> str:
+    """Where a memory stands.
+
+    Args:
+        memory (Memory): of one of the datastores.
+        datastores (int): how many were searched; the datastore is named only if there are several.
+
+    Returns:
+        str: ``document 3, line 25, token 4, row 1,201``.
+    """
+    parts = [f"datastore {memory.datastore + 1}"] if datastores > 1 else []
+    if memory.document is not None:
+        parts.append(f"document {memory.document:,}")
+    parts += [f"line {memory.line:,}", f"token {memory.place:,}", f"row {memory.row:,}"]
+    return ", ".join(parts)
+
+
+class Lines:
+    """Lines and documents of a text of which only the token ids are kept.
+
+    Args:
+        text (ndarray): shape (N,), token ids in the order of the text.
+        eos (int): the token behind every line.
+    """
+
+    def __init__(self, text: np.ndarray, eos: int):
+        starts = range(0, len(text), _BATCH_TOKENS)
+        ends = [
+            start + np.flatnonzero(text[start : start + _BATCH_TOKENS] == eos) for start in starts
+        ]
+        self._ends = np.concatenate([np.empty(0, dtype=np.int64), *ends])
+        lengths = np.diff(self._ends, prepend=-1)
+        empty = lengths == 1
+        # A document begins at a line with text that is the first or follows an empty one.
+        begins = ~empty & np.concatenate([[True], empty])[: len(empty)]
+        self._document_lines = np.flatnonzero(begins) if empty.any() else None
+
+    def locate(self, position: int) -> tuple[int, int, Optional[int]]:
+        """Where a token of the text stands.
+
+        Returns:
+            tuple: line from 1, token within it from 1, and document from 1, or None.
+        """
+        line = int(np.searchsorted(self._ends, position))
+        first = int(self._ends[line - 1]) + 1 if line else 0
+        document = None
+        if self._document_lines is not None:
+            document = int(np.searchsorted(self._document_lines, line, side="right"))
+            document = max(document, 1)  # Empty lines in front of the first belong to it.
+        return line + 1, position - first + 1, document
+
+
+class Inspector:
+    """Says of scored tokens what is known of them.
+
+    Args:
+        datastores (list of Datastore): those that were searched, in that order.
+        dictionary: fairseq's, of the model and the datastores.
+        knn_lambda (float): weight of p_knn, in [0, 1].
+        temperature (float): T > 0, divides the distances.
+        show (int): nearest neighbours to describe for each token, >= 1.
+        window (int): tokens of context on either side of a neighbour, >= 0.
+
+    Raises:
+        UserError: if a number is outside its range.
+    """
+
+    def __init__(self, datastores, dictionary, knn_lambda, temperature, show=3, window=8):
+        for name, value, holds, expected in (
+            ("datastores", len(datastores), len(datastores) >= 1, "one or more"),
+            ("knn_lambda", knn_lambda, 0.0 <= knn_lambda <= 1.0, "in [0, 1]"),
+            ("temperature", temperature, temperature > 0.0, "> 0"),
+            ("show", show, show >= 1, ">= 1"),
+            ("window", window, window >= 0, ">= 0"),
+        ):
+            if not holds:
+                raise UserError(f"Inspector: {name} must be {expected}, got {value}")
+        self.dictionary = dictionary
+        self.knn_lambda = knn_lambda
+        self.temperature = temperature
+        self.show = show
+        self.window = window
+        self._datastores = datastores
+        self._last_ids = np.cumsum([len(datastore) for datastore in datastores]) - 1
+        self._lines = functools.lru_cache(maxsize=None)(
+            lambda number: Lines(datastores[number].text, dictionary.eos())
+        )
+
+    def tokens(
+        self,
+        first: int,
+        targets: torch.Tensor,
+        log_p_lm: torch.Tensor,
+        neighbors: Neighbors,
+        words: Optional[Sequence[str]] = None,
+    ) -> list[Token]:
+        """What is known of consecutive tokens.
+
+        Args:
+            first (int): position of the first of them.
+            targets (LongTensor): shape (N,), token ids.
+            log_p_lm (Tensor): shape (N,), natural log.
+            neighbors (Neighbors): shape (N, k).
+            words (sequence of str): N words as they were written; None: as the dictionary has
+                them.
+
+        Returns:
+            list of Token: N of them.
+        """
+        targets, log_p_lm = targets.cpu(), log_p_lm.cpu()
+        neighbors = Neighbors(*(part.cpu() for part in neighbors))
+        log_p_knn = knn_log_probs(neighbors.distances, neighbors.values, targets, self.temperature)
+        log_p = mix(log_p_lm, log_p_knn, knn_lambda=self.knn_lambda)
+        columns = (log_p_lm, log_p_knn, log_p, log_p - log_p_lm)
+        rows = torch.stack([column.double() for column in columns], dim=1).tolist()
+        weights = knn_weights(neighbors.distances, self.temperature)
+        return [
+            Token(
+                first + i,
+                words[i] if words else self.dictionary[target],
+                target == self.dictionary.unk(),
+                target == self.dictionary.eos(),
+                *map(math.exp, rows[i][:3]),
+                rows[i][3],
+                *self._memories(target, weights[i], *(part[i] for part in neighbors)),
+            )
+            for i, target in enumerate(targets.tolist())
+        ]
+
+    def _memories(self, target: int, weights, distances, values, ids) -> tuple[int, list[Memory]]:
+        """How many of a token's neighbours match, and those to describe."""
+        present = ids >= 0
+        matching = torch.nonzero((values == target) & present).flatten().tolist()
+        shown = torch.nonzero(present[: self.show]).flatten().tolist()
+        shown += [rank for rank in matching[:1] if rank >= self.show]
+        columns = (part[shown].tolist() for part in (weights, distances, values, ids))
+        return len(matching), [self._memory(target, *each) for each in zip(shown, *columns)]
+
+    def _memory(self, target, rank, weight, distance, value, id_) -> Memory:
+        number = int(np.searchsorted(self._last_ids, id_))
+        row = id_ - (int(self._last_ids[number - 1]) + 1 if number else 0)
+        datastore = self._datastores[number]
+        before, after = datastore.context(row, self.window, self.window)
+        line, place, document = self._lines(number).locate(int(datastore.positions([row])[0]))
+        return Memory(
+            rank + 1,
+            self.dictionary[value],
+            value == target,
+            distance,
+            weight,
+            self._decode(before),
+            self._decode(after),
+            number,
+            row,
+            line,
+            place,
+            document,
+        )
+
+    def _decode(self, token_ids: np.ndarray) -> list[str]:
+        return [self.dictionary[int(token)] for token in token_ids]

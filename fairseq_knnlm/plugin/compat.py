@@ -1,0 +1,37 @@
+"""Lets checkpoints of older fairseq releases load on PyTorch >= 2.6, which loads weights only.
+
+Those checkpoints keep their arguments as an ``argparse.Namespace`` and a few statistics as numpy
+scalars. Both are plain data; naming them as safe keeps PyTorch's protection on for all the rest.
+"""
+
+import argparse
+import contextlib
+import types
+
+import numpy as np
+import torch
+
+
+def allow_plain_data() -> None:
+    """Name the classes of plain data in fairseq's checkpoints as safe to load."""
+    add_safe_globals = getattr(torch.serialization, "add_safe_globals", None)
+    if add_safe_globals is None:  # PyTorch < 2.4 has no such protection
+        return
+    scalar = np.float64(0.0).__reduce__()[0]
+    dtypes = {type(np.dtype(code)) for code in ("f4", "f8", "i4", "i8", "bool")}
+    # numpy 1 and 2 pickle the same function under two names
+    names = [(scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")]
+    add_safe_globals([argparse.Namespace, np.dtype, *dtypes, *names])
+
+
+@contextlib.contextmanager
+def numpy_compat():
+    """Lend numpy 2 the name ``np.compat.long``, without which fairseq fails in break mode eos."""
+    if hasattr(np, "compat"):
+        yield
+        return
+    np.compat = types.SimpleNamespace(long=np.int64)
+    try:
+        yield
+    finally:
+        del np.compat

@@ -1,0 +1,238 @@
+"""Every ``--knn-*`` flag, its help and its range.
+
+fairseq derives the command-line flags from the fields, and reads their types: no postponed
+annotations here.
+"""
+
+import contextlib
+import os
+from dataclasses import dataclass, field
+from typing import Optional
+
+from fairseq.dataclass import ChoiceEnum
+from fairseq.tasks.language_modeling import LanguageModelingConfig
+from omegaconf import II
+
+from ..encoding.key_extractor import KEY_TYPES
+from ..errors import UserError
+from ..probability.continuous_cache import METRICS
+from ..scoring.settings import (
+    CACHE_RESETS,
+    DEFAULT_CACHE_LAMBDA,
+    DEFAULT_DISTANCES,
+    DEFAULT_K,
+    DEFAULT_KEY,
+    DEFAULT_LAMBDA,
+    DEFAULT_METRIC,
+    DEFAULT_NPROBE,
+    DEFAULT_TEMPERATURE,
+    Settings,
+    flag_of,
+    range_faults,
+    weight_fault,
+)
+
+
+@dataclass
+class KNNLMConfig(LanguageModelingConfig):
+    """Settings of the task ``knnlm_lm``: those of ``language_modeling`` and ours."""
+
+    knn_datastore: Optional[str] = field(
+        default=None,
+        metadata={
+            "help": "datastore directory; several, separated by ':', are searched as one "
+            "(default: none, plain language model scores)"
+        },
+    )
+    knn_k: Optional[int] = field(
+        default=None, metadata={"help": f"neighbours per query, >= 1 (default: {DEFAULT_K})"}
+    )
+    knn_lambda: Optional[float] = field(
+        default=None,
+        metadata={"help": f"weight of p_knn in the mixture, in [0, 1] (default: {DEFAULT_LAMBDA})"},
+    )
+    knn_temperature: Optional[str] = field(
+        default=None,
+        metadata={
+            "help": "T > 0, divides the distances, worth tuning; 'auto': the value that "
+            "fairseq-knnlm-build took from the distances between keys, of the first datastore "
+            f"(default: {DEFAULT_TEMPERATURE})"
+        },
+    )
+    knn_nprobe: Optional[int] = field(
+        default=None,
+        metadata={"help": f"inverted lists visited per query, >= 1 (default: {DEFAULT_NPROBE})"},
+    )
+    knn_distances: Optional[ChoiceEnum(["exact", "index", "exhaustive"])] = field(
+        default=None,
+        metadata={
+            "help": "'exact': of the entries that the index finds, from the stored keys; 'index': "
+            "as the (quantised) index returns them; 'exhaustive': of all entries, by matrix "
+            f"products, for a GPU (default: {DEFAULT_DISTANCES})"
+        },
+    )
+    knn_cache_size: Optional[int] = field(
+        default=None,
+        metadata={
+            "help": "continuous cache: how many of the tokens before it a token looks back on, in "
+            "the text that is evaluated (default: 0, no cache)"
+        },
+    )
+    knn_cache_lambda: Optional[float] = field(
+        default=None,
+        metadata={
+            "help": "weight of p_cache in the mixture (1 - LAMBDA - CACHE_LAMBDA) p_lm + LAMBDA "
+            f"p_knn + CACHE_LAMBDA p_cache, in [0, 1] (default: {DEFAULT_CACHE_LAMBDA})"
+        },
+    )
+    knn_cache_theta: Optional[float] = field(
+        default=None,
+        metadata={
+            "help": "theta >= 0, multiplies what hidden states have in common, worth tuning "
+            "(default: 1 / sqrt(dimension of the state), half of it for l2)"
+        },
+    )
+    knn_cache_metric: Optional[ChoiceEnum(list(METRICS))] = field(
+        default=None,
+        metadata={
+            "help": "what hidden states of the cache have in common: 'ip', the inner product, or "
+            f"'l2', minus the squared distance (default: {METRICS[0]})"
+        },
+    )
+    knn_cache_reset: Optional[ChoiceEnum(CACHE_RESETS)] = field(
+        default=None,
+        metadata={
+            "help": "'document': the cache is emptied where a document begins, after an empty "
+            "line and where --sample-break-mode complete_doc begins one; 'none': never "
+            f"(default: {CACHE_RESETS[0]})"
+        },
+    )
+    knn_tuned: bool = field(
+        default=False,
+        metadata={
+            "help": "take k, lambda, temperature, nprobe, distances and the cache from what "
+            "fairseq-knnlm-tune chose and stored in the datastore"
+        },
+    )
+    knn_device: ChoiceEnum(["auto", "cpu", "cuda"]) = field(
+        default="auto",
+        metadata={
+            "help": "where neighbours are searched; auto: in an index on a GPU when faiss has one "
+            "for it, exhaustively where the model is"
+        },
+    )
+    knn_key: Optional[ChoiceEnum(list(KEY_TYPES))] = field(
+        default=None,
+        metadata={
+            "help": "hidden state that is the key, one of {}; fixed when the datastore is built "
+            "(default there: {})".format(", ".join(KEY_TYPES), DEFAULT_KEY)
+        },
+    )
+    knn_key_layer: Optional[int] = field(
+        default=None,
+        metadata={
+            "help": "decoder layer the key is taken from, negative from the top; fixed when the "
+            "datastore is built (default there: -1, the last)"
+        },
+    )
+    knn_metric: Optional[ChoiceEnum(["l2", "ip"])] = field(
+        default=None,
+        metadata={
+            "help": "'l2' (squared) or 'ip' (inner product); fixed when the datastore is built "
+            f"(default there: {DEFAULT_METRIC})"
+        },
+    )
+    knn_index: Optional[str] = field(
+        default=None,
+        metadata={
+            "help": "FAISS factory string; fixed when the datastore is built "
+            "(default there: an IVF-PQ index chosen from the size)"
+        },
+    )
+    knn_show_neighbors: int = field(
+        default=0,
+        metadata={
+            "help": "fairseq-interactive and fairseq-generate: print this many memories behind "
+            "each generated token, as N- lines, and the nearest that has the token itself "
+            "(default: 0, none)"
+        },
+    )
+    # It has no help and so no flag of its own. fairseq's --path is read here to refuse an ensemble
+    # before it is loaded.
+    path: Optional[str] = II("common_eval.path")
+
+
+def check_settings(cfg) -> None:
+    """Refuse settings that cannot be, all faults at once.
+
+    Raises:
+        UserError: naming every flag that is wrong, what it may be and what came.
+    """
+    faults: list[str] = []
+    checkpoints = (getattr(cfg, "path", None) or "").split(os.pathsep)
+    if len(checkpoints) > 1 and all(map(os.path.exists, checkpoints)):
+        faults.append(
+            f"an ensemble of models is not supported: --path names {len(checkpoints)} checkpoints, "
+            "a datastore belongs to one"
+        )
+    given = given_settings(cfg)
+    out_of_range = range_faults(given)
+    faults += out_of_range
+    if given.get("nprobe") is not None and given.get("distances") == "exhaustive":
+        faults.append("--knn-nprobe is for an index, --knn-distances exhaustive reads none")
+    size = given.get("cache_size")
+    if size and datastore_paths(cfg) and not out_of_range:
+        fault = weight_fault(Settings(**given))
+        faults += [fault] if fault else []
+    cache_flags = [name for name in given if name.startswith("cache_") and name != "cache_size"]
+    if cache_flags and not size and not cfg.knn_tuned:
+        flags = ", ".join(map(flag_of, cache_flags))
+        faults.append(f"{flags} without --knn-cache-size, which is 0: there is no cache")
+    if cfg.knn_show_neighbors < 0:
+        faults.append(f"--knn-show-neighbors must be >= 0, got {cfg.knn_show_neighbors}")
+    if cfg.knn_tuned and not datastore_paths(cfg):
+        faults.append("--knn-tuned needs the --knn-datastore that was tuned")
+    if faults:
+        raise UserError("; ".join(faults))
+
+
+def datastore_paths(cfg) -> list[str]:
+    """The directories named by ``--knn-datastore``."""
+    return [path for path in (cfg.knn_datastore or "").split(":") if path]
+
+
+def _field_of(setting: str) -> str:
+    """The field of the flags' dataclass for a field of ``Settings``."""
+    return setting if setting.startswith("knn_") else f"knn_{setting}"
+
+
+def given_settings(cfg) -> dict:
+    """The ``Settings`` that the command line gives; a temperature that is no number as text."""
+    given = {name: getattr(cfg, _field_of(name)) for name in Settings._fields}
+    for name in ("distances", "cache_metric", "cache_reset"):
+        # an Enum of fairseq's
+        given[name] = None if given[name] is None else str(given[name])
+    if given["temperature"] is not None:
+        with contextlib.suppress(ValueError):
+            given["temperature"] = float(given["temperature"])
+    return {name: value for name, value in given.items() if value is not None}
+
+
+def refuse_other_than_tuned(cfg, tuned: dict) -> None:
+    """Refuse flags that say something else than what was tuned.
+
+    Args:
+        cfg: the task's part of the command line.
+        tuned (dict): from ``datastore.tuned_for``.
+
+    Raises:
+        UserError: naming all of them.
+    """
+    tuned = {**Settings()._asdict(), **tuned}
+    faults = [
+        f"{flag_of(name)} is {value}, {tuned[name]} was tuned"
+        for name, value in given_settings(cfg).items()
+        if value != tuned[name]
+    ]
+    if faults:
+        raise UserError(f"--knn-tuned: {'; '.join(faults)}: drop these flags, or --knn-tuned")

@@ -1,0 +1,117 @@
+"""Puts our scorer into the running ``fairseq-eval-lm``.
+
+fairseq asks the task for everything but the scorer: ``fairseq_cli.eval_lm.eval_lm`` builds
+fairseq's own from its module's globals. Besides ``print_patch`` this is the one place that patches
+fairseq at run time. It swaps the function ``eval_lm`` for one call; that call swaps the scorer
+class, runs the stock function and puts both back.
+"""
+
+import logging
+import math
+
+import torch
+import torch.distributed as dist
+
+from .commands import running_names
+
+logger = logging.getLogger(__name__)
+
+# fairseq-eval-lm leaves infinite scores out of sum and count, which would flatter perplexity. This
+# finite number stands for minus infinity; ``_CountingScorer.total`` makes the result infinite.
+_IMPOSSIBLE = -1e30
+
+
+def use_scorer(make_scorer) -> None:
+    """Make the ``fairseq-eval-lm`` that runs in this process score with our scorer, once.
+
+    Args:
+        make_scorer (callable): takes ``softmax_batch``, gives a ``KNNScorer``.
+    """
+    names = running_names("eval_lm")
+    if names is None:  # the task is used by another program
+        return
+    stock = getattr(names["eval_lm"], "stock", names["eval_lm"])
+
+    def eval_lm(**arguments):
+        names["eval_lm"], stock_scorer = stock, names["SequenceScorer"]
+        scorer = _CountingScorer(
+            make_scorer(arguments.get("softmax_batch") or 0),
+            arguments["source_dictionary"],
+            arguments.get("post_process"),
+        )
+        names["SequenceScorer"] = lambda dictionary, softmax_batch: scorer
+        try:
+            return scorer.total(stock(**arguments))
+        finally:
+            names["SequenceScorer"] = stock_scorer
+
+    eval_lm.stock = stock
+    names["eval_lm"] = eval_lm
+
+
+class _CountingScorer:
+    """A scorer whose results ``eval_lm`` can sum; it counts targets as ``eval_lm`` does.
+
+    Args:
+        scorer (KNNScorer): the scorer.
+        dictionary: fairseq's dictionary of the data.
+        post_process (str): ``--remove-bpe``: a token that ends with it counts as a part of the
+            next one; None: every token counts.
+    """
+
+    def __init__(self, scorer, dictionary, post_process):
+        self._scorer = scorer
+        self._targets = 0
+        self._counted = 0
+        self._continued = torch.tensor(
+            [i for i in range(len(dictionary)) if dictionary[i].endswith(post_process.rstrip())]
+            if post_process
+            else [],
+            dtype=torch.long,
+        )
+
+    def generate(self, models, sample):
+        """Score a sample, with finite scores only.
+
+        Args:
+            models (list): of one fairseq decoder-only language model.
+            sample (dict): from ``encoding.ChunkCollater``.
+        """
+        hypotheses = self._scorer.generate(models, sample)
+        for (hypothesis,) in hypotheses:
+            hypothesis["positional_scores"].clamp_(min=_IMPOSSIBLE)
+        if sample["history"]:
+            return hypotheses
+        self._targets += len(sample["target"])
+        for targets in sample["target"].cpu().split(sample["target_lengths"]):
+            self._counted += len(targets) - int(torch.isin(targets[:-1], self._continued).sum())
+        return hypotheses
+
+    def total(self, results):
+        """The result of all processes; a warning says so where impossible targets decide it.
+
+        Args:
+            results (dict): what the stock ``eval_lm`` returns in this process.
+        """
+        bits = float(results["loss"]) * self._counted
+        bits, counted, targets, impossible = _sum_over_processes(
+            bits, self._counted, self._targets, self._scorer.impossible
+        )
+        loss = bits / counted if counted else 0.0
+        if impossible:
+            logger.warning(
+                f"{impossible:,.0f} of {targets:,.0f} targets have probability 0, because no "
+                "neighbour has them and --knn-lambda and --knn-cache-lambda leave no weight for "
+                "the language model: perplexity is infinite"
+            )
+            loss = math.inf
+        return {"loss": loss, "perplexity": 2.0**loss}
+
+
+def _sum_over_processes(*numbers: float):
+    if not (dist.is_available() and dist.is_initialized()):
+        return numbers
+    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+    totals = torch.tensor(numbers, dtype=torch.float64, device=device)
+    dist.all_reduce(totals)
+    return totals.tolist()

@@ -1,0 +1,371 @@
+"""The task ``knnlm_lm``: fairseq's language modelling, evaluated with a datastore.
+
+Wires the parts together; besides ``cli/`` the only place that knows fairseq's configuration.
+"""
+
+import functools
+import logging
+import os
+
+import numpy as np
+import torch.distributed as dist
+from fairseq import models
+from fairseq.data import iterators
+from fairseq.models import FairseqLanguageModel
+from fairseq.models.transformer import TransformerDecoderBase
+from fairseq.tasks import register_task
+from fairseq.tasks.language_modeling import LanguageModelingTask
+
+from ..datastore.fingerprint import dictionary_fingerprint, weights_fingerprint
+from ..datastore.tuned import tuned_for
+from ..encoding.blocks import BlockDataset, refuse_oversized
+from ..encoding.chunks import SEARCH_TOKENS, blocks_before, shard, split_evenly, tokens_of_search
+from ..encoding.samples import ChunkCollater
+from ..errors import UserError
+from ..inspection.tokens import Inspector
+from ..scoring.compatibility import (
+    refuse_other_dictionary,
+    refuse_other_model,
+    refuse_unexpected_flags,
+)
+from ..scoring.scorer import KNNScorer, make_scorer
+from ..scoring.settings import AUTO, DEFAULT_KEY, Settings, flag_of, starting_temperature
+from .commands import end_with_text
+from .compat import allow_plain_data, numpy_compat
+from .config import (
+    KNNLMConfig,
+    check_settings,
+    datastore_paths,
+    given_settings,
+    refuse_other_than_tuned,
+)
+from .eval_lm_patch import use_scorer
+from .generator import KNNGenerator, KNNModel, ReferenceScorer
+from .print_patch import Memories
+
+logger = logging.getLogger(__name__)
+
+# The import of --user-dir is early enough: no checkpoint has been read before it.
+allow_plain_data()
+
+
+@register_task("knnlm_lm", dataclass=KNNLMConfig)
+class KNNLMTask(LanguageModelingTask):
+    """Language modelling whose evaluation mixes in the nearest neighbours of a datastore.
+
+    Without ``--knn-datastore`` it trains and evaluates as ``language_modeling`` does.
+
+    Attributes:
+        settings (Settings): of the search and the mixture: as given, else as tuned, else defaults.
+        retriever (Retriever): searches the datastores; None without any.
+    """
+
+    def __init__(self, args, dictionary, output_dictionary=None, targets=None):
+        super().__init__(args, dictionary, output_dictionary, targets)
+        self.settings, self.retriever = _settings_and_retriever(args)
+        if self.retriever is not None:
+            fingerprint = dictionary_fingerprint(self.target_dictionary)
+            refuse_other_dictionary(self.retriever, fingerprint)
+
+    @classmethod
+    def setup_task(cls, args, **kwargs):
+        """Set up the task; refuses settings and datastores that do not fit before any work.
+
+        Args:
+            args: the task's part of the command line.
+            kwargs: as fairseq passes them.
+        """
+        end_with_text()
+        check_settings(args)
+        return super().setup_task(args, **kwargs)
+
+    # -- models --------------------------------------------------------------------------------
+
+    def build_model(self, args, from_checkpoint=False):
+        """Build a model; one that is loaded is checked against the datastore once it has weights.
+
+        Raises:
+            UserError: if it is no decoder-only language model.
+        """
+        _refuse_other_models(args)
+        model = super().build_model(args, from_checkpoint)
+        if from_checkpoint:
+            _refuse_other_decoders(model)
+            model.register_load_state_dict_post_hook(self._on_weights_loaded)
+        return model
+
+    def _on_weights_loaded(self, model, incompatible_keys):
+        if self.retriever is not None:
+            refuse_other_model(self.retriever, model, weights_fingerprint(model))
+
+    # -- data ----------------------------------------------------------------------------------
+
+    def load_dataset(self, split, epoch=1, combine=False, **kwargs):
+        """Load a split, with every break mode on every numpy.
+
+        Raises:
+            UserError: if it is empty.
+        """
+        for folder in self.args.data.split(os.pathsep):
+            binary = os.path.join(folder, f"{split}.bin")
+            if os.path.exists(binary) and os.path.getsize(binary) == 0:
+                raise UserError(f"{binary} is empty: the split {split!r} has no text")
+        with numpy_compat():
+            super().load_dataset(split, epoch, combine, **kwargs)
+
+    def blocks(self, dataset, context_window: int) -> BlockDataset:
+        """The blocks of a loaded split, each with its left context.
+
+        Args:
+            dataset: from ``load_dataset``.
+            context_window (int): tokens of left context.
+        """
+        if self.targets != ["future"]:
+            raise UserError(
+                "scoring needs next-token targets; drop --self-target, "
+                "--past-target and --future-target"
+            )
+        return BlockDataset(
+            dataset,
+            dataset.sizes,
+            pad=self.source_dictionary.pad(),
+            context_window=context_window,
+            max_length=self.args.tokens_per_sample + context_window,
+            document_starts=self.document_starts(dataset),
+            bos=self.args.add_bos_token,
+        )
+
+    def document_starts(self, dataset):
+        """Which blocks of a loaded split begin a document, where blocks keep to documents.
+
+        Returns:
+            ndarray: shape (M,), bool; None in the other break modes.
+        """
+        if str(self.args.sample_break_mode) != "complete_doc":
+            return None
+        slices = dataset.dataset.slice_indices
+        # separators between documents belong to no block
+        starts = np.ones(len(slices), dtype=bool)
+        starts[1:] = slices[1:, 0] != slices[:-1, 1]
+        return starts
+
+    def chunk_iterator(
+        self,
+        blocks,
+        chunks,
+        max_tokens,
+        batch_size,
+        num_workers=0,
+        data_buffer_size=0,
+        first_block=0,
+    ):
+        """Iterate over chunks of blocks as samples, in order, loaded by *num_workers* processes.
+
+        Blocks before *first_block* are history.
+        """
+        return iterators.EpochBatchIterator(
+            dataset=blocks,
+            collate_fn=ChunkCollater(blocks.pad, max_tokens, batch_size, first_block),
+            batch_sampler=[list(chunk) for chunk in chunks],
+            num_workers=num_workers,
+            buffer_size=data_buffer_size,
+        ).next_epoch_itr(shuffle=False)
+
+    def eval_lm_dataloader(self, dataset, **settings):
+        """What ``fairseq-eval-lm`` iterates over; called by it right before it scores."""
+        num_shards = settings.get("num_shards", 1)
+        if num_shards > 1 and not (dist.is_available() and dist.is_initialized()):
+            logger.warning(
+                f"this is one process of {num_shards} without the others: its perplexity is of "
+                f"share {settings.get('shard_id', 0)} alone, not of the split (without GPUs "
+                "fairseq starts no others: see --distributed-no-spawn)"
+            )
+        use_scorer(self.make_scorer)
+        return self.evaluation_samples(dataset, **settings)
+
+    def evaluation_samples(
+        self,
+        dataset,
+        max_tokens=36000,
+        batch_size=None,
+        max_positions=None,
+        num_shards=1,
+        shard_id=0,
+        num_workers=1,
+        data_buffer_size=10,
+        context_window=0,
+        chunk_tokens=None,
+    ):
+        """Iterate over a split, or a contiguous share of it, for scoring.
+
+        Args:
+            dataset: from ``load_dataset``.
+            max_tokens (int): most tokens of a batch of the model.
+            batch_size (int): most blocks of a batch; None: any number.
+            max_positions (int): longest input of the model; None: *max_tokens*.
+            num_shards, shard_id (int): how many processes share the split, and which this is.
+            num_workers, data_buffer_size (int): as in fairseq.
+            context_window (int): tokens of left context of each block.
+            chunk_tokens (int): targets of a sample; None: as many as the neighbours of the task's
+                retriever leave room for.
+
+        Raises:
+            UserError: if a block is longer than the model or a batch takes.
+        """
+        blocks = self.blocks(dataset, context_window)
+        refuse_oversized(blocks, max_positions or max_tokens, max_tokens)
+        # The text is cut evenly, so that every shard has a share of a short text, and none has a
+        # small rest.
+        chunk_tokens = chunk_tokens or self._tokens_of_chunk()
+        per_shard = -(-int(blocks.sizes.sum()) // (num_shards * chunk_tokens))
+        chunks = split_evenly(blocks.sizes, num_shards * max(1, per_shard))
+        chunks = shard(chunks, num_shards, shard_id)
+        first_block = chunks[0].start if chunks else 0
+        history = blocks_before(blocks.sizes, first_block, self.settings.cache_size)
+        return self.chunk_iterator(
+            blocks,
+            [history, *chunks] if history else chunks,
+            max_tokens,
+            batch_size,
+            num_workers,
+            data_buffer_size,
+            first_block,
+        )
+
+    def _tokens_of_chunk(self) -> int:
+        return SEARCH_TOKENS if self.retriever is None else tokens_of_search(self.retriever.k)
+
+    def make_scorer(self, softmax_batch: int = 0) -> KNNScorer:
+        """The scorer that the flags ask for; *softmax_batch*: ``--softmax-batch``."""
+        return make_scorer(
+            self.retriever,
+            self.settings,
+            self.key,
+            self.target_dictionary.eos(),
+            softmax_batch,
+            self.target_dictionary.bos() if self.args.add_bos_token else None,
+        )
+
+    @property
+    def key(self) -> dict:
+        """The state that is compared: what the datastore's keys are, or what the flags say."""
+        if self.retriever is not None:
+            return self.retriever.key
+        layer = -1 if self.args.knn_key_layer is None else self.args.knn_key_layer
+        return {"type": str(self.args.knn_key or DEFAULT_KEY), "layer": layer}
+
+    # -- generation ----------------------------------------------------------------------------
+
+    def build_dataset_for_inference(self, src_tokens, src_lengths, **kwargs):
+        """Prompts, or texts to score, as a dataset; on every numpy."""
+        with numpy_compat():
+            return super().build_dataset_for_inference(src_tokens, src_lengths, **kwargs)
+
+    def build_generator(
+        self,
+        models,
+        args,
+        seq_gen_cls=None,
+        extra_gen_cls_kwargs=None,
+        prefix_allowed_tokens_fn=None,
+    ):
+        """What fairseq-generate, fairseq-interactive and the hub interface generate or score with.
+
+        Without a datastore or with lambda = 0 it is fairseq's own; so it is with ``args.knn``
+        False, which the hub interface sets by ``sample(text, knn=False)``.
+
+        Raises:
+            UserError: for what cannot be done with neighbours.
+        """
+        stock = super().build_generator
+        rest = (extra_gen_cls_kwargs, prefix_allowed_tokens_fn)
+        self._refuse_generation(args)
+        if not self._generates_with_neighbors(args):
+            return stock(models, args, seq_gen_cls, *rest)
+        mixture = self.retriever, self.settings
+        if getattr(args, "score_reference", False):
+            return ReferenceScorer(self.target_dictionary, *mixture)
+        generator = functools.partial(KNNGenerator, memories=self._make_memories(args))
+        return stock(KNNModel(models, *mixture), args, generator, *rest)
+
+    def _generates_with_neighbors(self, args) -> bool:
+        wanted = getattr(args, "knn", True)
+        return wanted and self.retriever is not None and self.settings.knn_lambda > 0
+
+    def _refuse_generation(self, args) -> None:
+        faults = []
+        if self.settings.cache_size:
+            faults.append(
+                "the continuous cache is for fairseq-eval-lm: drop --knn-cache-size, or the "
+                "--knn-tuned that chose one"
+            )
+        if not self._generates_with_neighbors(args):
+            if self.args.knn_show_neighbors:
+                faults.append("--knn-show-neighbors needs --knn-datastore and --knn-lambda above 0")
+        elif getattr(args, "print_alignment", None):
+            faults.append("--print-alignment: a language model has no source to align with")
+        elif getattr(args, "constraints", None):
+            faults.append("--constraints: fairseq has them for translation only")
+        if faults:
+            raise UserError("; ".join(faults))
+
+    def _make_memories(self, args):
+        """What ``--knn-show-neighbors`` asks for, or None."""
+        if not self.args.knn_show_neighbors:
+            return None
+        datastores = self.retriever.datastores
+        inspector = Inspector(
+            datastores,
+            self.target_dictionary,
+            self.settings.knn_lambda,
+            self.settings.temperature,
+            self.args.knn_show_neighbors,
+        )
+        return Memories(inspector, args.nbest, len(datastores))
+
+
+def _settings_and_retriever(args):
+    """What the flags ask for; without a datastore the retriever is None."""
+    paths, given = datastore_paths(args), given_settings(args)
+    if not paths:
+        return Settings(**given), None
+    # Imported here, because training needs no FAISS.
+    from ..search.retriever import Retriever
+
+    if args.knn_tuned:
+        tuned = tuned_for(paths)
+        refuse_other_than_tuned(args, tuned)
+        given = {name: tuned[name] for name in Settings._fields if name in tuned}
+    settings = Settings(**given)
+    retriever = Retriever.open(
+        paths,
+        k=settings.k,
+        nprobe=settings.nprobe,
+        distances=settings.distances,
+        device=str(args.knn_device),
+    )
+    fixed = ("knn_key", "knn_key_layer", "knn_metric", "knn_index")
+    refuse_unexpected_flags(retriever, {flag_of(name): getattr(args, name) for name in fixed})
+    if settings.temperature == AUTO:
+        temperature = starting_temperature(retriever.datastores[0])
+        settings = settings._replace(temperature=temperature)
+    return settings, retriever
+
+
+def _refuse_other_models(args) -> None:
+    name = getattr(args, "_name", None) or getattr(args, "arch", None)
+    cls = models.MODEL_REGISTRY.get(name) or models.ARCH_MODEL_REGISTRY.get(name)
+    if cls is not None and not issubclass(cls, FairseqLanguageModel):
+        raise UserError(
+            f"the checkpoint's architecture {name} is no decoder-only language "
+            "model; expected one of the transformer_lm family"
+        )
+
+
+def _refuse_other_decoders(model) -> None:
+    if not isinstance(model.decoder, TransformerDecoderBase):
+        raise UserError(
+            f"the checkpoint's decoder, a {type(model.decoder).__name__}, is no "
+            "transformer; expected a model of the transformer_lm family (--task language_modeling "
+            "evaluates others, without neighbours)"
+        )

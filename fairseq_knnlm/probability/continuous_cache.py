@@ -1,0 +1,180 @@
+"""The continuous cache: a memory of the last tokens of the text that is being evaluated.
+
+Grave, Joulin and Usunier (ICLR 2017), section 3. It is what the datastore is to the training
+text: pairs of a hidden state and the token that followed, here of the n positions before.
+"""
+
+import math
+from collections.abc import Sequence
+from numbers import Integral
+from typing import Optional
+
+import numpy as np
+import torch
+
+from ..errors import UserError
+from .log_sums import LogShares
+
+METRICS = ("ip", "l2")
+# Positions are compared with their past by one product of matrices for so many of them, or for
+# fewer, so that the product stays in the processor's cache.
+_MAX_ROWS, _MIN_ROWS = 256, 16
+_MAX_PRODUCTS = 1 << 20
+# In place of 0, since 0 * -inf is nan.
+_LEAST_THETA = 1e-30
+
+
+class ContinuousCache:
+    """The last hidden states of a text and the tokens that followed, read from front to back.
+
+    p_cache(w|x_1..t) is proportional to the sum over i in t-n..t-1 with x_{i+1} = w of
+    exp(theta h_t . h_i), or of exp(-theta ||h_t - h_i||^2).
+
+    The text comes in pieces of any length, and gives the same whatever they are. Several sizes and
+    thetas share one pass: windows are nested, and theta only scales the products.
+
+    Args:
+        sizes (sequence of int): n, positions looked back on, each >= 1.
+        thetas (sequence of float): theta >= 0; 0 counts tokens. None: one, 1 / sqrt(D), as
+            attention scales its products; half of it for l2, of whose kernel the product is twice.
+        metric (str): ``ip``, the inner product of Grave et al., or ``l2``, squared as for kNN.
+
+    Raises:
+        UserError: if there is no size or no theta, or one of them or the metric cannot be.
+    """
+
+    def __init__(
+        self, sizes: Sequence[int], thetas: Optional[Sequence[float]] = None, metric: str = "ip"
+    ):
+        faults = []
+        if not sizes or not all(isinstance(size, Integral) and size >= 1 for size in sizes):
+            faults.append(f"sizes must be whole numbers >= 1, got {list(sizes)}")
+        if thetas is not None and not (thetas and all(0 <= theta < math.inf for theta in thetas)):
+            faults.append(f"thetas must be finite and >= 0, got {list(thetas)}")
+        if metric not in METRICS:
+            faults.append(f"metric must be one of {', '.join(METRICS)}, got {metric!r}")
+        if faults:
+            raise UserError(f"ContinuousCache: {'; '.join(faults)}")
+        self._thetas = None if thetas is None else [max(theta, _LEAST_THETA) for theta in thetas]
+        self.metric = metric
+        self._sizes = np.array(sizes, dtype=np.int64)
+        self._states: Optional[torch.Tensor] = None
+        self._values: Optional[torch.Tensor] = None
+        # Positions since the text, or the document in it, began.
+        self._age = 0
+
+    def log_probs(self, states, targets, resets: Sequence[int] = ()) -> torch.Tensor:
+        """Log-probabilities of the next piece of the text, which the cache then remembers.
+
+        Args:
+            states (Tensor): shape (N, D), any float dtype, h_t.
+            targets (LongTensor): shape (N,), x_{t+1}, on the same device.
+            resets (sequence of int): rows before which everything is forgotten, ascending.
+
+        Returns:
+            Tensor: shape (len(thetas), len(sizes), N), float32, natural log; -inf where the target
+            is not in the cache, nan where the cache is empty and p_cache not defined.
+
+        Raises:
+            UserError: if the shapes do not fit.
+        """
+        if states.dim() != 2 or targets.shape != states.shape[:1]:
+            raise UserError(
+                "ContinuousCache.log_probs: expected states (N, D) and targets (N,), got "
+                f"{tuple(states.shape)}, {tuple(targets.shape)}"
+            )
+        past = 0 if self._states is None else len(self._states)
+        # A window reaches no further back than the text goes.
+        sizes = self._sizes.clip(max=max(1, past + len(targets)))
+        bounds, order = np.unique(sizes, return_inverse=True)
+        size = int(bounds[-1])
+        ages = self._ages(len(targets), resets).clip(max=size)
+        states, values = self._with_past(states.float(), targets, size - past)
+        if self._thetas is None:
+            self._thetas = [(0.5 if self.metric == "l2" else 1.0) / math.sqrt(states.size(1))]
+        log_p = states.new_empty(len(self._thetas), len(bounds), len(targets))
+        rows = min(_MAX_ROWS, max(_MIN_ROWS, _MAX_PRODUCTS // size))
+        workspace = _Workspace(states, rows, size)
+        for start in range(0, len(targets), rows):
+            stop = min(start + rows, len(targets))
+            seen = slice(start, stop + size)
+            band = self._band(states[seen], ages[start:stop], workspace)
+            log_p[:, :, start:stop] = self._log_probs(band, values[seen], bounds, workspace)
+        return log_p[:, order]
+
+    def _ages(self, count: int, resets) -> torch.Tensor:
+        """Positions between each row and the beginning of its text."""
+        starts = np.full(count + 1, -self._age, dtype=np.int64)
+        resets = np.asarray(resets, dtype=np.int64)
+        starts[resets] = resets
+        ages = np.arange(count + 1) - np.maximum.accumulate(starts)
+        self._age = int(ages[-1])
+        return torch.from_numpy(ages[:-1])
+
+    def _with_past(self, states, targets, missing: int):
+        """The piece with the window before it, rows of zeros where the text had not begun.
+
+        Args:
+            states (Tensor): shape (N, D), of the piece.
+            targets (LongTensor): shape (N,).
+            missing (int): how many positions the window lacks.
+
+        Returns:
+            tuple of Tensor: states, shape (n + N, D), and values, shape (n + N,), int32.
+        """
+        if self._states is None:
+            self._states, self._values = states[:0], targets[:0].int()
+        zeros = states.new_zeros(missing, states.size(1))
+        states = torch.cat([zeros, self._states, states])
+        values = torch.cat([zeros[:, 0].int(), self._values, targets.int()])
+        kept = slice(max(missing, len(states) - int(self._sizes.max())), None)
+        self._states, self._values = states[kept].clone(), values[kept].clone()
+        return states, values
+
+    def _band(self, states, ages, workspace) -> torch.Tensor:
+        """What each position has in common with its window, oldest first, shape (rows, n).
+
+        Args:
+            states (Tensor): shape (n + rows, D), the rows with the window of the first of them.
+            ages (LongTensor): shape (rows,): what is older than these is forgotten, -inf.
+        """
+        n, rows = len(states) - len(ages), len(ages)
+        out = workspace.products[: rows * (n + rows)].view(rows, n + rows)
+        products = torch.mm(states[n:], states.t(), out=out)
+        if self.metric == "l2":
+            # ||h_t||^2 is left out: it is the same for all that h_t is compared with.
+            products.mul_(2.0).sub_(states.square().sum(dim=1))
+        # Each window begins one position after that of the row before.
+        band = products.as_strided((rows, n), (n + rows + 1, 1))
+        if int(ages.min()) < n:
+            forgotten = torch.arange(n) < (n - ages).unsqueeze(1)
+            band.masked_fill_(forgotten.to(band.device), -torch.inf)
+        return band
+
+    def _log_probs(self, band, values, bounds, workspace) -> torch.Tensor:
+        """Shape (thetas, bounds, rows), see ``log_probs``; overwrites *band*.
+
+        Args:
+            band (Tensor): shape (rows, n), from ``_band``.
+            values (Tensor): shape (n + rows,), what followed each state.
+            bounds (ndarray): sizes, ascending, the last of them n.
+            workspace (_Workspace): memory.
+        """
+        rows, n = band.shape
+        windows = values.unfold(0, n, 1)[:rows]
+        matches = torch.eq(windows, values[n:].unsqueeze(1), out=workspace.matches[:rows])
+        # Windows are nested, and the smallest holds the latest: between two sizes lies a segment.
+        ends = [n, *(n - bounds).tolist()]
+        segments = [slice(first, last) for last, first in zip(ends, ends[1:])]
+        shares = LogShares(band, matches, lowest=False, segments=segments, overwrite=True)
+        weights = workspace.weights[:rows]
+        return torch.stack([shares.at(theta, weights).t() for theta in self._thetas])
+
+
+class _Workspace:
+    """Memory that every piece uses again: fresh memory is slow."""
+
+    def __init__(self, states: torch.Tensor, rows: int, size: int):
+        self.products = states.new_empty(rows * (size + rows))
+        self.weights = states.new_empty(rows, size)
+        self.matches = states.new_empty(rows, size, dtype=torch.bool)

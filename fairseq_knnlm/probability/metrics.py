@@ -1,0 +1,30 @@
+"""What a language model and a retrieval are measured by."""
+
+import numpy as np
+
+
+def perplexity(log_probs) -> float:
+    """exp of the mean negative log-likelihood, every token counted once.
+
+    Args:
+        log_probs (array): shape (N,), natural log; -inf makes it infinite.
+
+    Returns:
+        float: in [1, inf], lower is better.
+    """
+    with np.errstate(over="ignore"):
+        return float(np.exp(-np.mean(np.asarray(log_probs, dtype=np.float64))))
+
+
+def recall_at_k(ids, exact_ids) -> float:
+    """Share of the exact k nearest neighbours that a search gives.
+
+    Args:
+        ids (array): shape (N, k), of the search; -1 where there is none.
+        exact_ids (array): shape (N, k), ids.
+
+    Returns:
+        float: in [0, 1], higher is better.
+    """
+    hits = sum(len(np.intersect1d(row, exact)) for row, exact in zip(ids, exact_ids))
+    return hits / np.size(exact_ids)

@@ -1,0 +1,20 @@
+"""A report of ``fairseq-knnlm-tune``: tables, figures and one page, in a directory.
+
+``tables`` and ``sizes`` compute, ``figures`` draws, ``report_page`` puts the page together from
+``page_parts``, and ``report`` writes the files. The only door to matplotlib, which is imported when
+a report is asked for. Imports from the root, ``probability`` and ``tuning``.
+"""
+
+from .report import refuse_impossible, write
+from .sizes import SizePoint, log_p_knn_of_part, tune_sizes
+from .tables import make_tables, training_counts
+
+__all__ = [
+    "SizePoint",
+    "log_p_knn_of_part",
+    "make_tables",
+    "refuse_impossible",
+    "training_counts",
+    "tune_sizes",
+    "write",
+]

@@ -1,0 +1,45 @@
+"""The continuous cache of a text that comes in samples."""
+
+from typing import Optional
+
+import torch
+
+from ..encoding.blocks import document_starts
+from ..probability.continuous_cache import ContinuousCache
+
+
+class CacheReader:
+    """A continuous cache that reads the samples of a text as they come, in order.
+
+    Args:
+        cache (ContinuousCache): of one size and one theta.
+        eos (int): id of the end of a line, where documents are to be kept apart; None where not.
+    """
+
+    def __init__(self, cache: ContinuousCache, eos: Optional[int] = None):
+        self._cache = cache
+        self._eos = eos
+        # An empty line stands before the text, so that its first line begins a document.
+        self._last = torch.tensor([eos or 0, eos or 0])
+
+    def log_probs(self, states, sample: dict):
+        """log p_cache of the targets of a sample, which the cache then remembers.
+
+        Args:
+            states (Tensor): shape (N, D), any float dtype.
+            sample (dict): from ``encoding.ChunkCollater``, with N targets.
+
+        Returns:
+            Tensor: shape (N,), float32, natural log, see ``ContinuousCache.log_probs``.
+        """
+        ((log_p,),) = self._cache.log_probs(states, sample["target"], self._resets(sample))
+        return log_p
+
+    def _resets(self, sample):
+        """Rows at which documents begin, also where the sample begins in the middle of one."""
+        if self._eos is None:
+            return []
+        text = torch.cat([self._last, sample["target"].cpu()])
+        self._last = text[-2:]
+        after_empty_lines = document_starts(text, self._eos) - 2
+        return sorted({*after_empty_lines[after_empty_lines >= 0], *sample["document_starts"]})

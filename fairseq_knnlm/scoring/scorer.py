@@ -1,0 +1,169 @@
+"""Where the neighbours meet the language model: what ``fairseq-eval-lm`` calls for each sample.
+
+A sample here is a chunk of consecutive blocks in several batches (see ``encoding``): the model runs
+batch by batch, then one search serves all its tokens.
+"""
+
+import math
+from typing import TYPE_CHECKING, Optional
+
+import torch
+
+from ..encoding.encode import encode
+from ..encoding.key_extractor import extractor_of
+from ..probability.continuous_cache import ContinuousCache
+from ..probability.knn import knn_log_probs
+from ..probability.mixture import mix
+from .cache_reader import CacheReader
+from .compatibility import refuse_ensemble
+from .settings import Settings
+
+if TYPE_CHECKING:  # FAISS is loaded where a datastore is opened: training needs none
+    from ..search.retriever import Retriever
+
+
+def make_scorer(
+    retriever: Optional["Retriever"],
+    settings: Settings,
+    key: Optional[dict] = None,
+    eos: Optional[int] = None,
+    softmax_batch: int = 0,
+    bos: Optional[int] = None,
+) -> "KNNScorer":
+    """The scorer that settings ask for.
+
+    Args:
+        retriever (Retriever): searches the datastore; None without one.
+        settings (Settings): of search, mixture and cache.
+        key (dict): ``type`` and ``layer`` of the states that the cache compares; None: the
+            retriever's.
+        eos (int): id of the end of a line, for a cache that is emptied where documents begin.
+        softmax_batch (int): most tokens of one softmax; 0: as many as memory allows.
+        bos (int): see ``KNNScorer``.
+    """
+    cache = None
+    if settings.cache_size:
+        thetas = None if settings.cache_theta is None else [settings.cache_theta]
+        keep_apart = settings.cache_reset == "document"
+        cache = CacheReader(
+            ContinuousCache([settings.cache_size], thetas, settings.cache_metric),
+            eos if keep_apart else None,
+        )
+    if key is None and retriever is not None:
+        key = retriever.key
+    if settings.knn_lambda == 0.0:
+        retriever = None  # lambda = 0 needs no neighbours
+    return KNNScorer(retriever, settings, cache, key, softmax_batch, bos)
+
+
+class KNNScorer:
+    """Scores the targets of a sample, in place of fairseq's ``SequenceScorer``.
+
+    Args:
+        retriever (Retriever): searches the datastore; None without one.
+        settings (Settings): the weights and the temperature.
+        cache (CacheReader): the continuous cache; None without one.
+        key (dict): ``type`` and ``layer`` of the queries and of the cache's states; None: the
+            retriever's.
+        softmax_batch (int): most tokens of one softmax; 0: as many as memory allows.
+        bos (int): id of a ``<s>`` that ``--add-bos-token`` put in front of each block and that
+            fairseq expects among the scored tokens; None where there is none.
+
+    Attributes:
+        impossible (int): targets so far whose probability is 0.
+    """
+
+    def __init__(
+        self,
+        retriever: Optional["Retriever"] = None,
+        settings: Settings = Settings(),  # noqa: B008 (immutable)
+        cache: Optional[CacheReader] = None,
+        key: Optional[dict] = None,
+        softmax_batch: int = 0,
+        bos: Optional[int] = None,
+    ):
+        self._retriever = retriever
+        self._settings = settings
+        self._cache = cache
+        self._key = retriever.key if key is None and retriever is not None else key
+        self._softmax_batch = softmax_batch
+        self._bos = bos
+        self.impossible = 0
+
+    @torch.no_grad()
+    def generate(self, models, sample: dict, **kwargs) -> list[list[dict]]:
+        """Score a sample; the result has the form of fairseq's ``SequenceScorer.generate``.
+
+        Args:
+            models (list): of one fairseq decoder-only language model.
+            sample (dict): from ``encoding.ChunkCollater``, on the model's device.
+            kwargs: what fairseq passes besides; of no use here.
+
+        Returns:
+            list of list of dict: one hypothesis a block. ``positional_scores`` are log
+            probabilities, -inf for a target that is impossible. Of a sample that is history there
+            is none: the cache reads it, and nothing is scored.
+
+        Raises:
+            UserError: for an ensemble of models.
+        """
+        refuse_ensemble(len(models))
+        model = models[0]
+        model.eval()
+        if sample["history"]:
+            self._cache.log_probs(self._encode(model, sample, log_probs=False).keys, sample)
+            return []
+        log_p = self._log_probs(model, sample)
+        self.impossible += int(log_p.isneginf().sum())
+        lengths = sample["target_lengths"]
+        return [
+            [self._hypothesis(tokens, scores)]
+            for tokens, scores in zip(sample["target"].split(lengths), log_p.split(lengths))
+        ]
+
+    def _log_probs(self, model, sample: dict) -> torch.Tensor:
+        """log p of the targets by the mixture, shape (N,), float32."""
+        encoded = self._encode(model, sample)
+        log_p_knn = log_p_cache = None
+        if self._retriever is not None:
+            log_p_knn = self._log_p_knn(encoded.keys, sample["target"])
+        if self._cache is not None:
+            log_p_cache = self._cache.log_probs(encoded.keys, sample)
+        return mix(
+            encoded.log_p_lm,
+            log_p_knn,
+            log_p_cache,
+            knn_lambda=self._settings.knn_lambda,
+            cache_lambda=self._settings.cache_lambda,
+        )
+
+    def _encode(self, model, sample: dict, log_probs: bool = True):
+        options = {"log_probs": log_probs, "softmax_batch": self._softmax_batch}
+        if self._retriever is None and self._cache is None:
+            return encode(model, sample, **options)
+        with extractor_of(model, self._key) as extractor:
+            return encode(model, sample, extractor, **options)
+
+    def _log_p_knn(self, queries: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """log p_knn of the targets, shape (N,), float32, on their device."""
+        log_p_knn = queries.new_empty(len(targets), dtype=torch.float32)
+        for rows, neighbors in self._retriever.batches(queries):
+            log_p_knn[rows] = knn_log_probs(
+                neighbors.distances,
+                neighbors.values,
+                targets[rows].to(neighbors.values.device),
+                self._settings.temperature,
+            ).to(log_p_knn.device)
+        return log_p_knn
+
+    def _hypothesis(self, tokens, scores) -> dict:
+        if self._bos is not None:  # fairseq strips it again
+            tokens = torch.cat([tokens.new_tensor([self._bos]), tokens])
+            scores = torch.cat([scores.new_zeros(1), scores])
+        return {
+            "tokens": tokens,
+            "score": scores.mean() if len(scores) else scores.new_tensor(-math.inf),
+            "attention": None,
+            "alignment": None,
+            "positional_scores": scores,
+        }

@@ -1,0 +1,183 @@
+"""Train, fill, save and load a FAISS index: one sequential pass over the keys, resumable."""
+
+import contextlib
+import os
+from collections.abc import Iterator
+
+import numpy as np
+
+from ..errors import UserError
+from .factory import describe, make_index, training_rows
+from .faiss_import import faiss
+
+# The index is saved whenever so many rows, or this share of what it holds, have been added: an
+# interrupted build loses no more than that. With a share of a half, all the bytes that are ever
+# written are three times the index.
+PART_ROWS = 1 << 23
+PART_SHARE = 0.5
+BLOCK_BYTES = 1 << 26
+_SEED = 1234
+
+
+def _blocks(keys: np.ndarray, start: int, stop: int) -> Iterator[np.ndarray]:
+    """Rows of *keys* as float32, in blocks of bounded memory."""
+    step = max(1, BLOCK_BYTES // (4 * keys.shape[1]))
+    for begin in range(start, stop, step):
+        block = keys[begin : min(begin + step, stop)]
+        if isinstance(keys, np.memmap):  # mapped pages would stay in memory
+            offset = keys.offset + begin * keys.strides[0]
+            flat = np.fromfile(keys.filename, keys.dtype, block.size, offset=offset)
+            block = flat.reshape(block.shape)
+        yield np.asarray(block, dtype=np.float32)
+
+
+def training_sample(keys: np.ndarray, size: int) -> np.ndarray:
+    """Keys drawn without replacement, read in the order of the file.
+
+    Args:
+        keys (ndarray): shape (N, D), float16.
+        size (int): how many; all of them if there are fewer.
+
+    Returns:
+        ndarray: shape (size, D), float32.
+    """
+    if size >= len(keys):
+        return np.asarray(keys, dtype=np.float32)
+    rows = np.random.default_rng(_SEED).choice(len(keys), size, replace=False)
+    return read_rows(keys, np.sort(rows))
+
+
+def read_rows(keys: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    """Given keys.
+
+    Args:
+        keys (ndarray): shape (N, D), float16.
+        rows (ndarray): shape (n,), int64.
+
+    Returns:
+        ndarray: shape (n, D), float32.
+    """
+    if not isinstance(keys, np.memmap):
+        return np.asarray(keys[rows], dtype=np.float32)
+    # Mapped, a page and its neighbours would stay in memory for every row.
+    sample = np.empty((len(rows), keys.shape[1]), dtype=keys.dtype)
+    with open(keys.filename, "rb") as file:
+        for target, row in zip(sample, rows.tolist()):
+            os.preadv(file.fileno(), [target], keys.offset + row * keys.strides[0])
+    return sample.astype(np.float32)
+
+
+def _train(index, keys: np.ndarray, report) -> None:
+    if index.is_trained:
+        return
+    sample = training_sample(keys, training_rows(index, len(keys)))
+    report(f"training the index on {len(sample):,} keys")
+    try:
+        index.train(sample)
+    except RuntimeError as error:
+        reason = str(error).splitlines()[-1]
+        raise UserError(
+            f"FAISS cannot train this --knn-index on {len(sample)} keys ({reason}); "
+            "use fewer lists, or Flat"
+        ) from None
+
+
+def build_index(
+    keys: np.ndarray, factory: str, metric: str, path: str, work_path: str, report=print
+) -> dict:
+    """Train an index, add all keys in one sequential pass, and save it.
+
+    What is done is kept in *work_path*, and a build that was interrupted goes on from there to the
+    same bytes.
+
+    Args:
+        keys (ndarray): shape (N, D), float16; row i gets id i.
+        factory (str): FAISS factory string.
+        metric (str): ``l2`` or ``ip``.
+        path (str): file to write, atomically.
+        work_path (str): directory for intermediate files.
+        report (callable): takes a line of progress.
+
+    Returns:
+        dict: description for the manifest.
+
+    Raises:
+        UserError: if FAISS refuses the factory string or the number of keys.
+    """
+    os.makedirs(work_path, exist_ok=True)
+    begun_path = os.path.join(work_path, "begun.faiss")
+    if os.path.exists(begun_path):
+        index = load(begun_path)
+    else:
+        index = make_index(factory, keys.shape[1], metric)
+        _train(index, keys, report)
+        save(index, begun_path)
+    # One index is filled, and no parts are merged: FAISS cannot merge every kind of index, and
+    # leaves bytes of merged fast-scan codes uninitialised.
+    while index.ntotal < len(keys):
+        stop = part_end(index.ntotal, len(keys))
+        for block in _blocks(keys, index.ntotal, stop):
+            _add(index, block)
+            report(f"indexed {index.ntotal:,} of {len(keys):,} keys")
+        save(index, begun_path if stop < len(keys) else path)
+    return describe(index, factory, metric)
+
+
+def part_end(done: int, count: int) -> int:
+    """How many keys are in the index when it is saved next.
+
+    Args:
+        done (int): keys in it now.
+        count (int): keys that it will hold.
+    """
+    return min(done + max(PART_ROWS, int(PART_SHARE * done)), count)
+
+
+def _add(index, block: np.ndarray) -> None:
+    try:
+        index.add(block)
+    except RuntimeError as error:
+        reason = str(error).splitlines()[-1]
+        raise UserError(
+            f"FAISS cannot add {len(block)} keys to this --knn-index ({reason})"
+        ) from None
+
+
+def save(index, path: str) -> None:
+    """Write an index to a temporary file, read its size back, and move it into place.
+
+    Args:
+        index: a FAISS index.
+        path (str): the file.
+
+    Raises:
+        UserError: if the disk is full or not writable.
+    """
+    temporary = f"{path}.tmp"
+    try:
+        faiss.write_index(index, temporary)
+        # FAISS reports a failing close on stderr only
+        if faiss.read_index(temporary, faiss.IO_FLAG_MMAP).ntotal != index.ntotal:
+            raise RuntimeError("fewer entries on disk than in memory")
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (RuntimeError, OSError) as error:
+        with contextlib.suppress(OSError):
+            os.remove(temporary)
+        raise UserError(
+            f"cannot write {path}: {str(error).splitlines()[-1]}; what is done so "
+            "far is kept, run the same command again to go on"
+        ) from None
+
+
+def load(path: str):
+    """Read an index.
+
+    Raises:
+        UserError: if the file is no index.
+    """
+    try:
+        return faiss.read_index(path)
+    except RuntimeError as error:
+        raise UserError(f"cannot read {path}: {str(error).splitlines()[-1]}") from None

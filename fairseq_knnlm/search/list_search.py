@@ -1,0 +1,204 @@
+"""Exact nearest keys in the probed lists, each list visited once for all queries.
+
+An inverted file searched query by query reads a list again for every query that probes it. Here
+queries are grouped by list: its keys are read and converted once, and one matrix product compares
+them with all its queries. The product is rounded: it only decides, with room for the rounding,
+which pairs are near enough to be worth an exact distance (see ``near_pairs``). So nothing that lies
+in a probed list is lost, and the k nearest are the first k of the k + 1 nearest.
+
+Near enough is what lies within a limit: a distance that a sample of a query's keys says is a little
+beyond its k-th nearest. Nothing but time depends on it: a query with fewer than k keys within its
+limit is searched again without one, and one with many more keeps the nearest.
+"""
+
+import threading
+from collections.abc import Iterator
+from typing import Callable
+
+import numpy as np
+import torch
+from numpy.lib.stride_tricks import sliding_window_view
+
+from ..neighbors import Neighbors
+from . import near_pairs
+from .inverted_lists import InvertedLists, pair_distances
+from .list_blocks import (
+    Block,
+    Groups,
+    Scratch,
+    Workspace,
+    first_elements,
+    keys_of_block,
+    padded,
+    queries_of_block,
+)
+from .nearest import SAMPLE, Nearest, room, sampled_rank
+from .searcher import Batch, as_array, gather, with_values
+from .threads import one_thread_each, slices
+
+
+class ListSearch:
+    """Compares all keys of the probed lists (the protocol of ``searcher.Searcher``).
+
+    Of equal distances the lower id comes first.
+
+    Args:
+        keys (ndarray): shape (entries, D), float16, at most ``ordering.MAX_KEYS`` of them.
+        values (ndarray): shape (entries,), the token of each entry.
+        lists (InvertedLists): the rows of *keys* in each list, and which lists a query probes.
+        metric (str): ``l2`` or ``ip``.
+    """
+
+    def __init__(self, keys: np.ndarray, values: np.ndarray, lists: InvertedLists, metric: str):
+        self._keys = keys.view(np.ndarray)  # indexing a memmap is slower
+        self._values = values
+        self._lists = lists
+        self._metric = metric
+        self._pair_distances = pair_distances(metric)
+        self._dtype = near_pairs.rounded_type()
+        self._columns = near_pairs.columns(keys.shape[1])
+        self._keys_of_block = keys_of_block(self._columns)
+        self._center = near_pairs.center_of(self._keys, metric)
+        self._of_thread = threading.local()
+        self._workspace = Workspace()
+
+    def search(self, queries: torch.Tensor, k: int) -> Neighbors:
+        """All batches as one, on the device of *queries*, see ``batches``."""
+        return gather(self.batches(queries, k), k, queries.device)
+
+    def batches(self, queries: torch.Tensor, k: int) -> Iterator[Batch]:
+        """Search, see ``searcher.Searcher.batches``.
+
+        All queries are searched before the first batch is made; a batch only unpacks what is kept
+        of its queries.
+        """
+        # What is kept lies in the workspace until the last batch is made. Another search that
+        # begins before gets a workspace of its own.
+        workspace, self._workspace = self._workspace, Workspace()
+        try:
+            array = as_array(queries)
+            nearest = self._search(array - self._center, self._lists.probes(array), k, workspace)
+            for rows in slices(len(array), k):
+                yield rows, with_values(*nearest.of(rows), self._values)
+        finally:
+            self._workspace = workspace
+
+    def _search(self, queries, probes, k: int, workspace: Workspace) -> Nearest:
+        """The k nearest keys of each query, in order.
+
+        Args:
+            queries (ndarray): shape (N, D), float32, relative to the center.
+            probes (ndarray): shape (N, P), int64, the lists of each query, each once; -1 for none.
+        """
+        shape = len(queries), room(k)
+        workspace.array(shape, np.uint64)  # the limits need less: memory is fetched once
+        with one_thread_each() as pool:
+            limits = self._limits(queries, probes, k, pool, workspace)
+            kept = workspace.array(shape, np.uint64)
+            nearest = self._nearest(queries, probes, limits, pool, Nearest(k, limits, kept))
+            short = nearest.incomplete()
+            if len(short):
+                unlimited = np.full(len(short), np.inf, dtype=np.float32)
+                again = Nearest(k, unlimited, np.empty((len(short), room(k)), np.uint64))
+                self._nearest(queries[short], probes[short], unlimited, pool, again)
+                nearest.replace(short, again)
+        return nearest
+
+    def _limits(self, queries, probes, k: int, pool, workspace: Workspace) -> np.ndarray:
+        """A distance for each query that probably a few more than k keys are within."""
+        sizes = -(-self._lists.sizes // SAMPLE)
+        ends = np.where(probes < 0, 0, sizes[probes]).cumsum(axis=1)
+        sample = workspace.array((len(ends), max(1, ends[:, -1].max(initial=0))), np.float32)
+        flat = sample.reshape(-1)
+
+        def visit(block):
+            starts = ends[block.rows, block.slots] - sizes[block.number] + block.first
+            starts += block.rows * sample.shape[1]
+            windows = sliding_window_view(flat, len(block.ids), writeable=True)
+            windows[starts] = block.products[:, : len(block.ids)].float().numpy()
+
+        sides = self._query_sides(queries, np.zeros(len(queries), np.float32), pool, rounding=False)
+        self._each_block(visit, sides, probes, SAMPLE, pool)
+        rank = sampled_rank(k)
+        if rank > sample.shape[1]:
+            return np.full(len(sample), np.inf, dtype=np.float32)
+
+        def partition(rows):
+            part = sample[rows]
+            np.copyto(part, np.inf, where=np.arange(part.shape[1]) >= ends[rows, -1:])
+            part.partition(rank - 1, axis=1)
+
+        list(pool.map(partition, slices(*sample.shape)))
+        return sample[:, rank - 1].copy()
+
+    def _nearest(self, queries, probes, limits, pool, nearest: Nearest) -> Nearest:
+        """Fill *nearest* with the keys within the limits, and sort it."""
+
+        def visit(block):
+            rows, columns = block.near()
+            distances = self._pair_distances(queries, block.rows[rows], block.keys, columns)
+            nearest.add(block.rows, rows, distances, block.ids[columns])
+
+        sides = self._query_sides(queries, limits, pool)
+        self._each_block(visit, sides, probes, 1, pool)
+        nearest.sort(pool)
+        return nearest
+
+    def _query_sides(self, queries, limits, pool, rounding=True) -> torch.Tensor:
+        """The left side of every product of a search."""
+        sides = torch.zeros(len(queries), self._columns, dtype=self._dtype)
+
+        def write(rows):
+            part = queries[rows], limits[rows]
+            near_pairs.write_queries(sides[rows], *part, self._metric, rounding)
+
+        list(pool.map(write, slices(*sides.shape)))
+        return sides
+
+    def _each_block(self, visit: Callable, sides, probes, stride: int, pool) -> None:
+        """Compare the keys of each list, or one in *stride*, with the queries that probe it."""
+        groups = Groups(probes, len(self._lists.sizes))
+
+        def visit_list(number):
+            for block in self._blocks(sides, groups, number, stride):
+                visit(block)
+
+        list(pool.map(visit_list, groups.lists))
+
+    def _blocks(self, sides, groups: Groups, number: int, stride: int) -> Iterator[Block]:
+        """The blocks of a list; each is in the memory of the one before."""
+        ids = self._lists.ids(number)[::stride]
+        rows, slots = groups.of(number)
+        scratch = self._scratch()
+        for first in range(0, len(ids), self._keys_of_block):
+            block_ids = ids[first : first + self._keys_of_block]
+            keys, right = self._read(block_ids, scratch)
+            step = queries_of_block(max(right.shape), len(rows))
+            for begin in range(0, len(rows), step):
+                part = slice(begin, begin + step)
+                count = len(rows[part])
+                left = first_elements(scratch.left, padded(count), self._columns)
+                torch.index_select(sides, 0, torch.from_numpy(rows[part]), out=left[:count])
+                products = first_elements(scratch.products, len(left), len(right))
+                torch.mm(left, right.t(), out=products)
+                yield Block(
+                    number, rows[part], slots[part], first, block_ids, keys, products[:count]
+                )
+
+    def _read(self, ids: np.ndarray, scratch: Scratch) -> tuple[np.ndarray, torch.Tensor]:
+        """Keys in float32, relative to the center, and the right side of their products."""
+        stored, keys = scratch.stored[: len(ids)], scratch.keys[: len(ids)]
+        self._keys.take(ids, axis=0, out=stored, mode="clip")
+        torch.from_numpy(keys).copy_(torch.from_numpy(stored))  # numpy converts slower
+        if self._metric == "l2":
+            keys -= self._center
+        right = scratch.right[: padded(len(ids))]
+        near_pairs.write_keys(right[: len(ids)], keys, self._metric)
+        right[len(ids) :] = 0
+        return keys, right
+
+    def _scratch(self) -> Scratch:
+        if not hasattr(self._of_thread, "scratch"):
+            size = self._keys_of_block, self._keys.shape[1], self._columns
+            self._of_thread.scratch = Scratch.make(*size, self._keys.dtype, self._dtype)
+        return self._of_thread.scratch

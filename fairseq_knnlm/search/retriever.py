@@ -1,0 +1,208 @@
+"""From queries to neighbours: the one way into a datastore, or into several as one."""
+
+from collections.abc import Iterator, Sequence
+from typing import Optional
+
+import torch
+
+from ..datastore.datastore import Datastore
+from ..errors import UserError
+from ..neighbors import Neighbors
+from .devices import choose_device
+from .exact_search import ExactSearch
+from .exhaustive_search import ExhaustiveSearch
+from .index_search import IndexSearch
+from .searcher import Batch, Searcher, gather
+from .several import SeveralSearch
+
+DISTANCES = ("exact", "index", "exhaustive")
+DEVICES = ("auto", "cpu", "cuda")
+
+# What datastores that are searched as one must agree in.
+_COMMON = ("dimension", "key", "metric", "dictionary", "model")
+
+
+class Retriever:
+    """Finds the nearest entries of one or several datastores.
+
+    Args:
+        datastores (list of Datastore): all of one model, key and metric.
+        k (int): neighbours per query, at most the entries of all datastores together.
+        nprobe (int): inverted lists visited, >= 1.
+        distances (str): ``exact``, computed from the stored keys; ``index``, as the index has
+            them; or ``exhaustive``: all keys are compared, and no index is read.
+        device (str): ``cpu``, ``cuda`` or ``auto``: where is searched. ``auto`` is for an index a
+            GPU where FAISS has one, for exhaustive search the device of the first queries.
+
+    Raises:
+        UserError: if an argument cannot be, the datastores do not agree, or there is no such
+            device.
+    """
+
+    def __init__(
+        self,
+        datastores: Sequence[Datastore],
+        k: int = 1024,
+        nprobe: int = 32,
+        distances: str = "exact",
+        device: str = "auto",
+    ):
+        self.datastores = list(datastores)
+        _check_arguments(self.datastores, k, nprobe, distances, device)
+        _refuse_differing(self.datastores)
+        self.k = k
+        self.nprobe = nprobe
+        self.distances = distances
+        if k > len(self):
+            raise UserError(f"--knn-k {k} is more than the {len(self)} entries of {self.name}")
+        self._device = device
+        self._index_devices = self._choose_devices()
+        # The index is loaded, or keys are copied to a GPU, when the first queries come.
+        self._searcher: Optional[Searcher] = None
+
+    @classmethod
+    def open(cls, paths: Sequence[str], **settings) -> "Retriever":
+        """Open datastores for searching.
+
+        Args:
+            paths (list of str): their directories.
+            settings: arguments of the constructor.
+
+        Raises:
+            UserError: if a datastore is not whole, or as the constructor.
+        """
+        return cls([Datastore.open(path) for path in paths], **settings)
+
+    def __len__(self) -> int:
+        return sum(len(datastore) for datastore in self.datastores)
+
+    @property
+    def name(self) -> str:
+        """The directories of the datastores, as ``--knn-datastore`` names them."""
+        return ":".join(datastore.path for datastore in self.datastores)
+
+    @property
+    def manifest(self) -> dict:
+        """That of the first datastore; in what matters to a model the others agree with it."""
+        return self.datastores[0].manifest
+
+    @property
+    def key(self) -> dict:
+        """Which state of the model the keys are, see ``encoding.extractor_of``."""
+        return self.manifest["key"]
+
+    @property
+    def metric(self) -> str:
+        """``l2`` or ``ip``."""
+        return self.manifest["metric"]
+
+    def search(self, queries: torch.Tensor, k: Optional[int] = None) -> Neighbors:
+        """The k nearest entries of each query.
+
+        Args:
+            queries (Tensor): shape (N, D), any float dtype and device.
+            k (int): neighbours, at most those of the retriever; None: as many.
+
+        Returns:
+            Neighbors: shape (N, k), on the device of *queries*.
+
+        Raises:
+            UserError: if k is not in [1, k of the retriever], or D is not that of the keys.
+
+        >>> retriever = Retriever.open([directory], k=4)
+        >>> own = torch.from_numpy(retriever.datastores[0].keys[:3].astype("float32"))
+        >>> neighbors = retriever.search(own, k=2)
+        >>> neighbors.distances.shape == neighbors.values.shape == neighbors.ids.shape == (3, 2)
+        True
+        >>> neighbors.distances[:, 0].tolist()  # the nearest of a key is itself
+        [0.0, 0.0, 0.0]
+        """
+        return gather(self.batches(queries, k), self.k if k is None else k, queries.device)
+
+    def batches(self, queries: torch.Tensor, k: Optional[int] = None) -> Iterator[Batch]:
+        """The same, some queries at a time: see ``searcher.Searcher.batches``.
+
+        Args:
+            queries (Tensor): shape (N, D), any float dtype and device.
+            k (int): neighbours, at most those of the retriever; None: as many.
+
+        Yields:
+            tuple of slice and Neighbors: rows of *queries* in order, and their neighbours, on the
+            CPU or on the GPU that searched.
+
+        Raises:
+            UserError: as ``search``.
+        """
+        k = self.k if k is None else k
+        if not 1 <= k <= self.k:
+            raise UserError(
+                f"Retriever: k must be in [1, {self.k}], got {k}; make the retriever with the "
+                "largest k that is wanted"
+            )
+        dimension = self.datastores[0].dimension
+        if queries.dim() != 2 or queries.size(1) != dimension:
+            raise UserError(
+                f"Retriever: queries must have shape (N, {dimension}), as the keys of {self.name} "
+                f"have, got {tuple(queries.shape)}"
+            )
+        if self._searcher is None:
+            self._searcher = self._load(queries.device)
+        return self._searcher.batches(queries, k)
+
+    # -- loading -------------------------------------------------------------------------------
+
+    def _choose_devices(self) -> list[str]:
+        """Where the index of each datastore is searched."""
+        if self.distances != "exhaustive":
+            factories = [datastore.manifest["index"]["factory"] for datastore in self.datastores]
+            return [choose_device(self._device, each, self.k, self.nprobe) for each in factories]
+        if self._device == "cuda" and not torch.cuda.is_available():
+            raise UserError("--knn-device cuda: torch sees no GPU; use --knn-device cpu")
+        return ["none"] * len(self.datastores)
+
+    def _load(self, queries_device: torch.device) -> Searcher:
+        searchers = [
+            self._load_one(datastore, index_device, queries_device)
+            for datastore, index_device in zip(self.datastores, self._index_devices)
+        ]
+        if len(searchers) == 1:
+            return searchers[0]
+        return SeveralSearch(searchers, [len(datastore) for datastore in self.datastores])
+
+    def _load_one(self, datastore: Datastore, index_device: str, queries_device) -> Searcher:
+        keys, values, metric = datastore.keys, datastore.values, self.metric
+        if self.distances == "exhaustive":
+            # "cuda" without a number is the GPU of this process
+            auto = self._device == "auto"
+            device = queries_device if auto else torch.device(self._device)
+            return ExhaustiveSearch(keys, values, metric, device)
+        path = datastore.index_path
+        if self.distances == "index":
+            return IndexSearch(path, metric, values, self.nprobe, device=index_device)
+        return ExactSearch(path, metric, values, keys, self.nprobe, index_device)
+
+
+def _check_arguments(datastores, k, nprobe, distances, device) -> None:
+    faults = []
+    if not datastores or not all(isinstance(each, Datastore) for each in datastores):
+        names = ", ".join(type(each).__name__ for each in datastores) or "none"
+        faults.append(f"datastores must be a list of one or more Datastore, got {names}")
+    for name, number in (("k", k), ("nprobe", nprobe)):
+        if isinstance(number, bool) or not isinstance(number, int) or number < 1:
+            faults.append(f"{name} must be a whole number >= 1, got {number!r}")
+    for name, value, valid in (("distances", distances, DISTANCES), ("device", device, DEVICES)):
+        if value not in valid:
+            faults.append(f"{name} must be one of {', '.join(valid)}, got {value!r}")
+    if faults:
+        raise UserError(f"Retriever: {'; '.join(faults)}")
+
+
+def _refuse_differing(datastores: Sequence[Datastore]) -> None:
+    first = datastores[0]
+    for other in datastores[1:]:
+        for name in _COMMON:
+            if other.manifest[name] != first.manifest[name]:
+                raise UserError(
+                    f"the datastores cannot be searched as one: the {name} of {first.path} is "
+                    f"{first.manifest[name]}, of {other.path} {other.manifest[name]}"
+                )

@@ -1,0 +1,110 @@
+"""One pass of model and search over a text: what all settings are then tuned with."""
+
+import contextlib
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Callable, Optional
+
+import numpy as np
+import torch
+
+from ..encoding.blocks import document_starts
+from ..encoding.encode import encode
+from ..encoding.key_extractor import extractor_of
+from ..encoding.samples import to_device
+from ..errors import UserError
+from .tuning_data import TuningData, parts_of
+
+if TYPE_CHECKING:  # A cache alone is tuned without FAISS.
+    from ..search.retriever import Retriever
+
+
+def collect(
+    model,
+    samples: Iterable[dict],
+    count: int,
+    eos: int,
+    retriever: Optional["Retriever"] = None,
+    key: Optional[dict] = None,
+    keep_queries: bool = False,
+    softmax_batch: int = 0,
+    on_progress: Optional[Callable] = None,
+) -> TuningData:
+    """Score a text with a language model, and find the neighbours of all its tokens.
+
+    Args:
+        model: a fairseq decoder-only language model in evaluation mode.
+        samples (iterable of dict): the text, in order, from ``encoding.make_samples``. Where its
+            blocks keep to documents (see ``BlockDataset``), documents begin with them.
+        count (int): targets of all samples together.
+        eos (int): id of the end of a line. A document begins after an empty line.
+        retriever (Retriever): searches the datastore; None: no neighbours.
+        key (dict): ``type`` and ``layer`` of the states that are kept; None: the retriever's.
+        keep_queries (bool): keep the hidden states, for a continuous cache.
+        softmax_batch (int): most tokens of one softmax; 0: as many as memory allows.
+        on_progress (callable): called after each sample with the number of targets done so far.
+
+    Returns:
+        TuningData: on the CPU.
+
+    Raises:
+        UserError: if states are to be kept and it is not said which, or *samples* have more or
+            fewer targets than *count*.
+    """
+    if key is None and retriever is not None:
+        key = retriever.key
+    if key is None and keep_queries:
+        raise UserError("collect: keep_queries needs a retriever, or a key that says which states")
+    extractor = None
+    if retriever is not None or keep_queries:
+        extractor = extractor_of(model, key)
+    data = _empty(count, retriever, extractor.dimension if keep_queries else None)
+    starts, done = [], 0
+    with extractor or contextlib.nullcontext():
+        for sample in samples:
+            size = len(sample["target"])
+            if done + size > count:
+                raise UserError(f"collect: the samples have more targets than count, {count}")
+            rows = slice(done, done + size)
+            _fill(data, rows, model, sample, extractor, retriever, softmax_batch)
+            starts += [done + row for row in sample["document_starts"]]
+            done = rows.stop
+            if on_progress is not None:
+                on_progress(done)
+    if done < count:
+        raise UserError(f"collect: the samples have {done} targets, count is {count}")
+    starts = np.union1d(document_starts(data.targets.numpy(), eos), starts)
+    return data._replace(document_starts=starts.astype(np.int64))
+
+
+def _empty(count: int, retriever, dimension: Optional[int]) -> TuningData:
+    """Room for everything; *dimension* of the states, None where they are not kept."""
+    k = 0 if retriever is None else retriever.k
+    return TuningData(
+        log_p_lm=torch.empty(count),
+        distances=torch.empty(count, k),
+        matches=torch.empty(count, k, dtype=torch.bool),
+        targets=torch.empty(count, dtype=torch.long),
+        parts=torch.empty(count, k, dtype=torch.uint8),
+        queries=None if dimension is None else torch.empty(count, dimension),
+    )
+
+
+def _fill(
+    data: TuningData, rows: slice, model, sample: dict, extractor, retriever, softmax_batch: int
+) -> None:
+    """Run model and search over a sample, and keep what they give in *rows*."""
+    device = next(model.parameters()).device
+    encoded = encode(model, to_device(sample, device), extractor, softmax_batch=softmax_batch)
+    data.targets[rows] = sample["target"].cpu()
+    data.log_p_lm[rows] = encoded.log_p_lm.cpu()
+    if data.queries is not None:
+        data.queries[rows] = encoded.keys.cpu().float()
+    if retriever is None:
+        return
+    for batch, neighbors in retriever.batches(encoded.keys):
+        into = slice(rows.start + batch.start, rows.start + batch.stop)
+        distances, values, ids = (part.cpu() for part in neighbors)
+        data.distances[into] = distances
+        # A missing neighbour has a value as well.
+        data.matches[into] = (values == data.targets[into].unsqueeze(1)) & (ids >= 0)
+        data.parts[into] = parts_of(ids)

@@ -1,0 +1,119 @@
+"""What a build is said to cost, beside what it cost."""
+
+import os
+import shutil
+
+import numpy as np
+import pytest
+from helpers.commands import build
+from helpers.small import contents, make_datastore, random_keys, random_values
+
+from fairseq_knnlm.building.estimate import Estimate, estimate_build, table
+from fairseq_knnlm.cli import build as build_command
+from fairseq_knnlm.datastore.disk import free_bytes
+from fairseq_knnlm.datastore.manifest import INDEX, KEYS, VALUES
+from fairseq_knnlm.errors import UserError
+from fairseq_knnlm.search import index_build
+from fairseq_knnlm.search.index_cost import estimate_cost
+
+COUNT, DIMENSION, TYPES = 20_000, 32, 70_000
+
+
+@pytest.mark.parametrize(
+    "factory",
+    ["Flat", "IVF64,PQ32x4fs", "IVF64,PQ8", "IVF64,SQfp16", "IVF64,RaBitQfs"],
+)
+def test_the_files_are_as_large_as_estimated(factory, tmp_path):
+    values = random_values(1, COUNT, TYPES)
+    keys = random_keys(0, COUNT, DIMENSION)
+    path = make_datastore(tmp_path / "d", keys, values, factory=factory)
+    costs = estimate_build(COUNT, DIMENSION, values.dtype, factory, "l2")
+    size = {name: os.path.getsize(os.path.join(path, name)) for name in (KEYS, VALUES, INDEX)}
+    assert costs.disk[KEYS] == size[KEYS] and costs.disk[VALUES] == size[VALUES]
+    assert costs.disk[INDEX] == pytest.approx(size[INDEX], rel=0.03)
+
+
+def test_the_parts_of_an_index_are_on_the_disk_beside_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(index_build, "PART_ROWS", 3000)
+    keys = random_keys(0, COUNT, DIMENSION)
+    most, save = 0, index_build.save
+
+    def watched(built, path):
+        nonlocal most
+        before = sum(map(len, contents(tmp_path / "work").values()))
+        save(built, path)
+        most = max(most, before + os.path.getsize(path))
+
+    monkeypatch.setattr(index_build, "save", watched)
+    arguments = ("IVF64,PQ32x4fs", "l2")
+    index_build.build_index(keys, *arguments, str(tmp_path / INDEX), str(tmp_path / "work"), str)
+    cost = estimate_cost(arguments[0], COUNT, DIMENSION, arguments[1])
+    assert cost.file + cost.parts == pytest.approx(most, rel=0.03)
+    assert cost.parts > 0.4 * cost.file
+
+
+def test_what_is_there_already_counts_as_room_but_not_what_was_never_written(tmp_path):
+    folder = tmp_path / "not" / "there"
+    free = free_bytes(str(folder))
+    assert free == pytest.approx(shutil.disk_usage(tmp_path).free, rel=0.2)
+    folder.mkdir(parents=True)
+    with open(folder / KEYS, "wb") as file:
+        file.write(bytes(1 << 20))
+        file.truncate(1 << 42)
+    assert free_bytes(str(folder)) < free + (1 << 41)
+
+
+def test_the_parts_of_the_memory_are_added_up(capsys):
+    costs = Estimate({KEYS: 5, VALUES: 2}, training=1 << 43, building=1 << 42, loaded=1 << 41)
+    lines = dict(
+        (line[:22].strip(), line[22:42].strip().replace(",", ""))
+        for line in table(costs, 3, 100, 1 << 40, None).splitlines()
+    )
+    assert lines["keys.npy"] == "5"
+    assert int(lines["training the index"]) == int(lines["together, about"])  # the last of two
+    assert int(lines["building the index"]) - int(lines["training the index"]) == -(1 << 42)
+    assert 3 << 40 < int(lines["evaluation, k 1024"]) < 1 << 42
+
+
+def test_the_command_says_what_the_build_then_takes(data, checkpoints, tmp_path, capsys):
+    arguments = (data, checkpoints["adaptive"], tmp_path / "d", "--context-window", 8)
+    build(*arguments, "--estimate")
+    printed = capsys.readouterr().out
+    assert not (tmp_path / "d").exists()
+    build(*arguments)
+    count = len(np.load(tmp_path / "d" / VALUES))
+    assert f"{count:,} entries of 32 dimensions, index Flat" in printed
+    for name in (KEYS, VALUES):
+        assert f"  {name:<20}{os.path.getsize(tmp_path / 'd' / name):>20,}\n" in printed
+    assert "tokens/s on one process" in printed
+
+
+def command(directory, *flags):
+    """The build command, as it may be typed before there are a text and a checkpoint."""
+    words = ["nowhere", "--path", "none.pt", "--knn-datastore", directory, *flags, "--cpu"]
+    build_command.main([str(word) for word in words])
+
+
+def test_sizes_stand_for_a_text_and_a_checkpoint(tmp_path, capsys):
+    command(tmp_path / "d", "--estimate", "--entries", 12345, "--dimension", 16)
+    assert "12,345 entries of 16 dimensions" in capsys.readouterr().out
+    assert not (tmp_path / "d").exists()
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--entries", 5, "--dimension", 5],
+        ["--estimate", "--entries", 5],
+        ["--estimate", "--entries", 0, "--dimension", 5],
+    ],
+)
+def test_half_of_the_sizes_is_refused(flags, tmp_path):
+    with pytest.raises(UserError, match="--entries and --dimension, both >= 1, are for --estim"):
+        command(tmp_path / "d", *flags)
+
+
+def test_a_disk_too_small_fails_the_estimate(tmp_path, capsys):
+    with pytest.raises(UserError, match="needs about .* bytes .* its disk has"):
+        command(tmp_path / "d", "--estimate", "--entries", 4 * 10**9, "--dimension", 65536)
+    assert "together" in capsys.readouterr().out

@@ -1,0 +1,343 @@
+"""A build in progress: killed anywhere it goes on to the same bytes, and touches only its own."""
+
+import contextlib
+import os
+import shutil
+import signal
+
+import numpy as np
+import pytest
+from helpers.small import FILES, contents, finish, write_chunks
+from helpers.writing import (
+    COUNT,
+    DIMENSION,
+    JOURNAL,
+    SIZES,
+    begin,
+    fork,
+    make_rows,
+    open_writer,
+    resume_and_finish,
+)
+
+from fairseq_knnlm import files
+from fairseq_knnlm.datastore import Datastore, arrays, journal
+from fairseq_knnlm.datastore.journal import refuse_finished
+from fairseq_knnlm.datastore.manifest import KEYS, MANIFEST, POSITIONS, VALUES
+from fairseq_knnlm.errors import UserError
+
+# -- going on --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("chunks", [[], [0], [0, 1, 2], [1, 4], list(range(6))])
+def test_resumed_is_byte_identical(finished, tmp_path, chunks):
+    begin(tmp_path / "d", chunks)
+    resume_and_finish(tmp_path / "d", chunks)
+    assert contents(tmp_path / "d") == contents(finished)
+
+
+@pytest.mark.parametrize("left", range(1, 9))
+def test_a_torn_journal_line_does_not_count(finished, tmp_path, left):
+    begin(tmp_path / "d", [0, 1, 2])
+    journal = tmp_path / "d" / JOURNAL
+    journal.write_bytes(journal.read_bytes()[:-left])
+    resume_and_finish(tmp_path / "d", [0, 1])
+    assert contents(tmp_path / "d") == contents(finished)
+
+
+@pytest.mark.parametrize(
+    "garbage", [b"\x00" * 30, b"7 deadbeef\n", b"99 00000000 00000000\n", b"\xff\n"]
+)
+def test_garbage_in_the_journal_does_not_count(finished, tmp_path, garbage):
+    begin(tmp_path / "d", [0, 1])
+    with open(tmp_path / "d" / JOURNAL, "ab") as journal:
+        journal.write(garbage)
+    resume_and_finish(tmp_path / "d", [0, 1])
+    assert contents(tmp_path / "d") == contents(finished)
+
+
+@pytest.mark.parametrize("name", [KEYS, VALUES])
+def test_a_damaged_chunk_is_written_again(finished, tmp_path, name):
+    begin(tmp_path / "d", [0, 1, 2, 3])
+    array = np.load(tmp_path / "d" / name, mmap_mode="r+")
+    array[SIZES[0] + SIZES[1] + 3] += 1  # in chunk 2
+    array.flush()
+    del array
+    resume_and_finish(tmp_path / "d", [0, 1, 3])
+    assert contents(tmp_path / "d") == contents(finished)
+
+
+@pytest.mark.parametrize("name", [KEYS, VALUES])
+@pytest.mark.parametrize("damage", [os.remove, lambda path: os.truncate(path, 150)])
+def test_a_lost_or_cut_file_is_written_again(finished, tmp_path, name, damage):
+    begin(tmp_path / "d", [0, 1, 2, 3])
+    damage(tmp_path / "d" / name)
+    with open_writer(tmp_path / "d") as writer:
+        assert 3 not in writer.done
+        write_chunks(writer, *make_rows(), SIZES)
+        finish(writer)
+    assert contents(tmp_path / "d") == contents(finished)
+
+
+def die_after(path, calls):
+    """Write a datastore, and be killed before the *calls*-th change of a file on the disk."""
+
+    def counted(function):
+        def wrapper(*arguments, **options):
+            nonlocal calls
+            calls -= 1
+            if calls < 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return function(*arguments, **options)
+
+        return wrapper
+
+    for module, names in (
+        (os, ["replace", "remove", "makedirs", "open", "fsync"]),
+        (files, ["open"]),
+        (arrays, ["open", "write_all"]),
+        (journal, ["open", "write_all"]),
+        (shutil, ["rmtree"]),
+    ):
+        for name in names:
+            setattr(module, name, counted(getattr(module, name, open)))
+    with open_writer(path) as writer:
+        write_chunks(writer, *make_rows(), SIZES)
+        finish(writer)
+
+
+def test_killed_at_every_step_and_resumed_it_is_byte_identical(finished, tmp_path):
+    expected, kills = contents(finished), 0
+    while True:
+        path = tmp_path / str(kills)
+        child = fork.Process(target=die_after, args=(path, kills))
+        child.start()
+        child.join()
+        if child.exitcode == 0:
+            break
+        assert child.exitcode == -signal.SIGKILL
+        kills += 1
+        if not (path / MANIFEST).exists():
+            with pytest.raises(UserError):
+                Datastore.open(str(path))
+            with open_writer(path) as writer:
+                write_chunks(writer, *make_rows(), SIZES)
+                finish(writer)
+        assert {name: contents(path)[name] for name in FILES} == expected
+        shutil.rmtree(path)
+    assert kills > 30
+
+
+def test_another_index_keeps_the_keys(tmp_path):
+    begin(tmp_path / "d", [0, 1, 2])
+    (tmp_path / "d" / "index.building").mkdir()
+    with open_writer(tmp_path / "d", index={"factory": "IVF4,PQ4"}) as writer:
+        assert writer.done == [0, 1, 2]
+        assert not os.path.exists(writer.work_path)
+    with pytest.raises(UserError, match="other settings .*metric"):
+        with open_writer(tmp_path / "d", index={"factory": "Flat"}, metric="ip"):
+            pass
+
+
+def test_shards_resume_by_themselves(finished, tmp_path):
+    for chunks in ([0], [1, 2], [3]):
+        with open_writer(tmp_path / "d", options={"num_shards": 2, "shard_id": 0}) as writer:
+            write_chunks(writer, *make_rows(), SIZES, only=chunks)
+    with open_writer(tmp_path / "d", options={"num_shards": 2, "shard_id": 1}) as writer:
+        assert writer.done == []
+        write_chunks(writer, *make_rows(), SIZES, only=[4, 5])
+        finish(writer)
+    assert contents(tmp_path / "d") == contents(finished)
+
+
+# -- locks -----------------------------------------------------------------------------------------
+
+
+def hold(path, options, connection):
+    with open_writer(path, options=options) as writer:
+        write_chunks(writer, *make_rows(), SIZES, only=[0, 1])
+        connection.send("at work")
+        connection.recv()
+
+
+@contextlib.contextmanager
+def builder_at_work(path, **options):
+    """Another process that has begun to write."""
+    here, there = fork.Pipe()
+    child = fork.Process(target=hold, args=(path, options, there), daemon=True)
+    child.start()
+    assert here.recv() == "at work"
+    try:
+        yield child
+    finally:
+        child.kill()
+        child.join()
+
+
+def test_a_second_builder_is_refused_until_the_first_is_dead(finished, tmp_path):
+    with builder_at_work(tmp_path / "d"):
+        for overwrite in (False, True):
+            with pytest.raises(UserError, match="another builder at work"):
+                with open_writer(tmp_path / "d", options={"overwrite": overwrite}):
+                    pass
+    resume_and_finish(tmp_path / "d", [0, 1])
+    assert contents(tmp_path / "d") == contents(finished)
+
+
+def test_nobody_overwrites_what_a_shard_is_writing(tmp_path):
+    with builder_at_work(tmp_path / "d", num_shards=2, shard_id=1):
+        before = contents(tmp_path / "d")[KEYS]
+        with pytest.raises(UserError, match="another builder at work"):
+            with open_writer(tmp_path / "d", options={"overwrite": True}):
+                pass
+        assert contents(tmp_path / "d")[KEYS] == before
+
+
+def test_two_builders_do_not_wait_for_each_other_to_build_the_index(tmp_path):
+    with open_writer(tmp_path / "d") as writer:
+        write_chunks(writer, *make_rows(), SIZES)
+        with writer.finishing():
+            with pytest.raises(UserError, match="another builder at work"):
+                with open_writer(tmp_path / "d"):
+                    pass
+
+
+# -- begun with other settings ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "changed, sides",
+    [
+        ({"metric": "ip"}, ['metric was "l2", is "ip"']),
+        ({"key": {"type": "output", "layer": 0}}, ["ffn-input", "output"]),
+        ({"model": {"sha256": "f" * 64, "parameters": 9}}, ["model was", "aaa", "fff"]),
+        ({"options": {"num_shards": 2}}, ["num_shards was 1, is 2"]),
+        ({"dtype": np.uint16}, ["uint8", "uint16"]),
+    ],
+)
+def test_other_settings_than_it_was_begun_with_are_refused(tmp_path, changed, sides):
+    begin(tmp_path / "d", [0, 1])
+    before = contents(tmp_path / "d")
+    with pytest.raises(UserError, match="--overwrite") as caught:
+        with open_writer(tmp_path / "d", **changed):
+            pass
+    assert all(side in str(caught.value) for side in sides)
+    after = contents(tmp_path / "d")
+    assert {name: after[name] for name in before} == before
+
+
+def test_other_text_than_it_was_begun_with_is_refused(tmp_path):
+    begin(tmp_path / "d", [0, 1])
+    longer, cut_elsewhere = [*SIZES[:-1], SIZES[-1] + 1], [SIZES[0] + 1, *SIZES[2:]]
+    for chunk_sizes, fault in (
+        (longer, f"count was {COUNT}, is {COUNT + 1}"),
+        (cut_elsewhere, "chunks was"),
+    ):
+        with pytest.raises(UserError, match=fault):
+            with open_writer(tmp_path / "d", chunk_sizes=chunk_sizes):
+                pass
+    resume_and_finish(tmp_path / "d", [0, 1])
+
+
+def test_settings_that_are_dropped_are_named(tmp_path):
+    with open_writer(tmp_path / "d", extra=7):
+        pass
+    with pytest.raises(UserError, match="extra was 7"):
+        with open_writer(tmp_path / "d"):
+            pass
+
+
+# -- what is there already -------------------------------------------------------------------------
+
+
+def test_a_finished_datastore_is_refused_and_stays_untouched(finished):
+    before = contents(finished)
+    times = {name: os.stat(os.path.join(finished, name)).st_mtime_ns for name in before}
+    with pytest.raises(UserError, match="finished datastore; pass --overwrite"):
+        with open_writer(finished):
+            pass
+    with pytest.raises(UserError, match="finished datastore"):
+        refuse_finished(finished)
+    assert contents(finished) == before
+    assert {name: os.stat(os.path.join(finished, name)).st_mtime_ns for name in before} == times
+
+
+@pytest.mark.parametrize("state", ["finished", "unfinished", "of two shards"])
+def test_overwrite_starts_anew(finished, copy, tmp_path, state):
+    path = copy
+    if state != "finished":
+        path = tmp_path / "d"
+        options = {"num_shards": 2} if state == "of two shards" else {}
+        with open_writer(path, options=options, metric="ip") as writer:
+            write_chunks(writer, *make_rows(), SIZES, only=[0])
+    (path / "notes.txt").write_text("mine")
+    keys, values = make_rows()
+    with open_writer(path, options={"overwrite": True}) as writer:
+        assert writer.done == []
+        with pytest.raises(UserError):
+            Datastore.open(str(path))
+        write_chunks(writer, keys[::-1], values, SIZES)
+        finish(writer)
+    assert np.array_equal(Datastore.open(str(path)).keys, keys[::-1])
+    assert sorted(os.listdir(path)) == sorted([*FILES, "notes.txt"])
+
+
+@pytest.mark.parametrize("name", [KEYS, MANIFEST])
+def test_overwrite_leaves_what_is_not_ours(tmp_path, name):
+    (tmp_path / name).write_text("somebody's")
+    with pytest.raises(UserError, match=f"has {name}, but no .* of ours"):
+        with open_writer(tmp_path, options={"overwrite": True}):
+            pass
+    assert (tmp_path / name).read_text() == "somebody's"
+
+
+def test_a_build_touches_only_its_own_files(finished, copy):
+    others = {"building_notes.txt", "my.journal", "building-site.lock"}
+    for name in others:
+        (copy / name).write_text("somebody else's")
+    before = contents(copy)
+    with pytest.raises(UserError, match="finished datastore"):
+        with open_writer(copy):
+            pass
+    assert contents(copy) == before
+    with open_writer(copy, options={"overwrite": True}):
+        pass
+    assert others < set(os.listdir(copy))
+
+
+def test_files_of_somebody_else_are_not_touched(tmp_path):
+    np.save(tmp_path / KEYS, np.arange(3))
+    before = contents(tmp_path)
+    with pytest.raises(UserError, match="keys.npy.*not begun by this tool"):
+        with open_writer(tmp_path):
+            pass
+    assert contents(tmp_path)[KEYS] == before[KEYS]
+
+
+def test_overwriting_removes_positions_but_not_those_of_somebody_else(copy, tmp_path):
+    np.save(copy / POSITIONS, np.arange(COUNT))
+    with open_writer(copy, options={"overwrite": True}):
+        assert POSITIONS not in os.listdir(copy)
+    (tmp_path / "other").mkdir()
+    np.save(tmp_path / "other" / POSITIONS, np.arange(COUNT))
+    with pytest.raises(UserError, match=f"has {POSITIONS}, but no .* of ours"):
+        with open_writer(tmp_path / "other", options={"overwrite": True}):
+            pass
+
+
+def test_a_build_with_another_dimension_of_the_model_is_refused(finished, tmp_path):
+    """Naming no dimension of the model, and naming that of the keys, are the same."""
+    begin(tmp_path / "d", [0, 1])
+    with pytest.raises(UserError, match="model_dimension was null, is 24"):
+        with open_writer(tmp_path / "d", options={"model_dimension": 3 * DIMENSION}):
+            pass
+    resume_and_finish(tmp_path / "d", [0, 1], model_dimension=DIMENSION)
+    assert contents(tmp_path / "d") == contents(finished)
+
+
+def test_a_journal_of_somebody_else_is_not_counted(finished, tmp_path):
+    begin(tmp_path / "d", [0, 1])
+    (tmp_path / "d" / "my.journal").write_bytes(b"3 deadbeef deadbeef\n")
+    resume_and_finish(tmp_path / "d", [0, 1])
+    (tmp_path / "d" / "my.journal").unlink()
+    assert contents(tmp_path / "d") == contents(finished)

@@ -1,0 +1,233 @@
+"""Mixtures, against numbers on paper and float64 numpy, and their best weights."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from fairseq_knnlm.errors import UserError
+from fairseq_knnlm.probability.mixture import best_weights, mix
+
+INF, NAN = math.inf, math.nan
+
+
+def test_mixture_on_paper():
+    mixed = mix(torch.tensor([0.5, 0.1]).log(), torch.tensor([0.2, 0.9]).log(), knn_lambda=0.25)
+    assert mixed.exp().tolist() == pytest.approx([0.425, 0.3])
+
+
+@pytest.mark.parametrize("knn_lambda", [1e-6, 0.3, 0.999])
+def test_mixture_equals_float64_and_sums_to_1(knn_lambda):
+    rng = np.random.default_rng(6)
+    p_lm, p_knn = rng.dirichlet(np.full(30, 0.2), size=2)
+    p_knn[:10] = 0.0
+    p_knn /= p_knn.sum()
+    with np.errstate(divide="ignore"):
+        logs = [torch.from_numpy(np.log(p)).float() for p in (p_lm, p_knn)]
+    mixed = mix(*logs, knn_lambda=knn_lambda).double().exp()
+    np.testing.assert_allclose(mixed, (1 - knn_lambda) * p_lm + knn_lambda * p_knn, rtol=1e-5)
+    assert mixed.sum().item() == pytest.approx(1.0)
+
+
+def test_lambda_0_and_1_are_exact():
+    log_p_lm, log_p_knn = (
+        torch.tensor([-1.234567, -INF, -2.0]),
+        torch.tensor([-INF, -7.654321, 0.0]),
+    )
+    assert torch.equal(mix(log_p_lm, log_p_knn, knn_lambda=0.0), log_p_lm)
+    assert torch.equal(mix(log_p_lm, log_p_knn, knn_lambda=1.0), log_p_knn)
+
+
+def test_what_neither_gives_is_impossible():
+    assert mix(torch.tensor([-INF]), torch.tensor([-INF]), knn_lambda=0.5).tolist() == [-INF]
+
+
+def test_half_precision_is_mixed_in_float32():
+    half = torch.tensor([-1.0], dtype=torch.float16)
+    for knn_lambda in (0.0, 0.5, 1.0):
+        assert mix(half, half, knn_lambda=knn_lambda).dtype == torch.float32
+
+
+@pytest.mark.parametrize("knn_lambda", [-0.1, 1.1, math.nan])
+def test_lambda_must_be_a_weight(knn_lambda):
+    with pytest.raises(UserError, match=rf"lambda must be in \[0, 1\], got {knn_lambda}"):
+        mix(torch.zeros(1), torch.zeros(1), knn_lambda=knn_lambda)
+
+
+def test_mixture_is_convex():
+    lm, knn, cache = torch.log(torch.tensor([[0.5], [0.2], [0.1]])).unbind()
+    result = mix(lm, knn, cache, knn_lambda=0.3, cache_lambda=0.2).exp()
+    assert result.item() == pytest.approx(0.5 * 0.5 + 0.3 * 0.2 + 0.2 * 0.1)
+    assert torch.equal(mix(lm, knn, cache, 0.0, 1.0), cache)
+    assert mix(lm, knn, cache, 0.9, 0.1).exp().item() == pytest.approx(0.9 * 0.2 + 0.1 * 0.1)
+    empty = torch.tensor([math.nan])
+    assert mix(lm, knn, empty, 0.3, 0.2).exp().item() == pytest.approx((0.25 + 0.06) / 0.8)
+    assert torch.equal(mix(lm, knn, empty, 0.0, 1.0), lm)
+    with pytest.raises(UserError, match="together at most 1"):
+        mix(lm, knn, cache, 0.9, 0.2)
+
+
+# -- weights of rows, and rows without neighbours or cache -----------------------------------------
+
+
+def three_distributions(count):
+    """log p of model, neighbours and cache; some rows without matches, neighbours or a cache."""
+    rng = np.random.default_rng(8)
+    lm, knn, cache = np.log(rng.random((3, count)))
+    knn[1::4], cache[2::4] = -INF, -INF
+    knn[2::8], cache[::8], knn[3::8], cache[3::8] = NAN, NAN, NAN, NAN
+    return [torch.from_numpy(each).float() for each in (lm, knn, cache)]
+
+
+WEIGHTS = [(0.0, 0.0), (1.0, 0.0), (0.0, 1.0), (0.3, 0.2), (0.9, 0.1), (0.25, 0.0), (0.0, 0.4)]
+
+
+def test_weights_of_rows_equal_one_row_at_a_time():
+    lm, knn, cache = three_distributions(8 * len(WEIGHTS))
+    knn_lambda, cache_lambda = torch.tensor(WEIGHTS).repeat_interleave(8, dim=0).unbind(dim=1)
+    mixed = mix(lm, knn, cache, knn_lambda, cache_lambda)
+    assert mixed.dtype == torch.float32
+    for row, (first, second) in enumerate(zip(knn_lambda.tolist(), cache_lambda.tolist())):
+        part = slice(row, row + 1)
+        alone = mix(lm[part], knn[part], cache[part], first, second)
+        torch.testing.assert_close(mixed[part], alone, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("knn_lambda, cache_lambda", WEIGHTS)
+def test_what_is_not_defined_leaves_its_weight_to_the_others(knn_lambda, cache_lambda):
+    logs = three_distributions(64)
+    probabilities = np.exp([each.double().numpy() for each in logs])
+    of_lm = round(1.0 - knn_lambda - cache_lambda, 9)
+    weights = np.array([[of_lm], [knn_lambda], [cache_lambda]])
+    weights = np.where(np.isnan(probabilities), 0.0, weights)
+    nothing_left = weights.sum(axis=0) == 0
+    weights[0, nothing_left] = 1.0
+    expected = (weights * np.nan_to_num(probabilities)).sum(axis=0) / weights.sum(axis=0)
+    mixed = mix(*logs, knn_lambda, cache_lambda).double().exp()
+    np.testing.assert_allclose(mixed, expected, rtol=1e-5, atol=1e-12)
+    rows = torch.tensor([[knn_lambda], [cache_lambda]], dtype=torch.float64).expand(2, 64)
+    mixed = mix(*logs, *rows).double().exp()
+    np.testing.assert_allclose(mixed, expected, rtol=1e-5, atol=1e-12)
+
+
+@pytest.mark.parametrize("as_weight", [float, lambda weight: torch.full((2,), weight)])
+def test_without_neighbours_it_is_exactly_the_language_model(as_weight):
+    log_p_lm, knn = torch.tensor([-1.2345678, -7.0]), torch.tensor([NAN, -2.0])
+    mixed = mix(log_p_lm, knn, knn_lambda=as_weight(0.7))
+    assert mixed[0] == log_p_lm[0] and mixed[1] > -2.4
+    assert mix(log_p_lm, knn, knn_lambda=as_weight(1.0)).tolist() == [log_p_lm[0], -2.0]
+    nothing = torch.full((2,), NAN)
+    assert torch.equal(mix(log_p_lm, nothing, nothing, as_weight(0.5), as_weight(0.5)), log_p_lm)
+
+
+def test_weights_0_and_1_of_rows_are_exact():
+    lm = torch.tensor([-1.234567, -INF, -2.0, -1.234567])
+    knn = torch.tensor([-INF, -7.654321, 0.0, -5.4321])
+    mixed = mix(lm, knn, knn_lambda=torch.tensor([0.0, 1.0, 1.0, 0.0]))
+    assert mixed.tolist() == [lm[0], knn[1], knn[2], lm[3]]
+    assert mix(lm, lm, knn, torch.zeros(4), torch.ones(4)).tolist() == knn.tolist()
+
+
+def test_weights_of_rows_of_whole_distributions():
+    rng = torch.Generator().manual_seed(1)
+    lm, knn = torch.rand(2, 3, 7, generator=rng).log_softmax(dim=2)
+    knn[1] = NAN
+    mixed = mix(lm, knn, knn_lambda=torch.tensor([0.2, 0.9, 0.5]))
+    for row, knn_lambda in enumerate((0.2, 0.0, 0.5)):
+        expected = (1 - knn_lambda) * lm[row].exp() + (knn_lambda * knn[row].exp()).nan_to_num()
+        torch.testing.assert_close(mixed[row].exp(), expected)
+    assert torch.equal(mixed[1], lm[1])
+    assert torch.equal(mix(lm, knn, knn_lambda=0.3)[1], lm[1])
+
+
+@pytest.mark.parametrize(
+    "knn_lambda, cache_lambda, message",
+    [
+        ([0.1, 1.5], None, r"lambda must be in \[0, 1\], got 1.5 in row 1"),
+        ([NAN, 0.5], None, r"lambda must be in \[0, 1\], got nan in row 0"),
+        ([0.1, 0.9], 0.25, "together at most 1, got 0.8.* and 0.25 in row 1"),
+        (0.5, [0.25, -0.25], "together at most 1, got 0.5 and -0.25 in row 1"),
+        ([0.1, 0.2, 0.3], None, r"of shape \(2,\), one for each row, got shape \(3,\)"),
+        ([[0.1], [0.2]], None, r"of shape \(2,\), one for each row, got shape \(2, 1\)"),
+    ],
+)
+def test_weights_of_rows_that_cannot_be_are_refused(knn_lambda, cache_lambda, message):
+    log_p = torch.tensor([-1.0, -2.0])
+    knn_lambda, cache_lambda = (
+        torch.tensor(weight) if isinstance(weight, list) else weight
+        for weight in (knn_lambda, cache_lambda)
+    )
+    with pytest.raises(UserError, match=message):
+        if cache_lambda is None:
+            mix(log_p, log_p, knn_lambda=knn_lambda)
+        else:
+            mix(log_p, log_p, log_p, knn_lambda, cache_lambda)
+
+
+# -- the best weights ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_best_weights_against_expectation_maximisation(seed):
+    rng = np.random.default_rng(seed)
+    probabilities = rng.random((3, 2000)) ** np.array([[1.0], [2.0], [1.0 + 2 * seed]])
+    probabilities[1:][rng.random((2, 2000)) < 0.5] = 0.0
+    expected = np.full(3, 1 / 3)
+    for _ in range(5000):
+        expected *= (probabilities / (expected @ probabilities)).mean(axis=1)
+    with np.errstate(divide="ignore"):
+        log_probs = torch.from_numpy(np.log(probabilities))
+    assert best_weights(log_probs) == pytest.approx(expected, abs=1e-4)
+
+
+def test_best_weights_at_the_corners():
+    good, bad = torch.full((10,), -1.0), torch.full((10,), -math.inf)
+    assert best_weights([good, bad]).tolist() == [1.0, 0.0]
+    twins = best_weights([good, good, good - 1.0])
+    assert twins[2] == 0.0 and twins.sum() == pytest.approx(1.0)
+    unknown = torch.full((10,), math.nan)
+    with pytest.raises(UserError, match="no token"):
+        best_weights([good, unknown])
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_best_weights_of_two_against_a_fine_grid(seed):
+    rng = np.random.default_rng(seed)
+    first, second = rng.random((2, 3000)) ** [[1.0], [0.3 + seed]]
+    second[rng.random(3000) < 0.2 * seed] = 0.0
+    with np.errstate(divide="ignore"):
+        result = best_weights([torch.from_numpy(np.log(each)) for each in (first, second)])
+        lambdas = np.linspace(0, 1, 4001)[:, None]
+        likelihood = np.log((1 - lambdas) * first + lambdas * second).mean(axis=1)
+    assert result[1] == pytest.approx(lambdas[likelihood.argmax(), 0], abs=3e-4)
+    assert result.sum() == 1.0
+
+
+def test_best_weights_leave_out_rows_of_nan():
+    rng = torch.Generator().manual_seed(2)
+    log_probs = torch.rand(3, 500, generator=rng).log()
+    expected = best_weights(log_probs)
+    rows = torch.rand(3, 200, generator=rng).log()
+    rows[1, ::2], rows[2, 1::2] = NAN, NAN
+    assert best_weights(torch.cat([rows, log_probs], dim=1)) == pytest.approx(expected)
+
+
+def test_best_weights_of_a_mixture_are_its_weights():
+    """Of many draws from a mixture, maximum likelihood finds it again."""
+    rng = np.random.default_rng(5)
+    distributions, weights = rng.dirichlet(np.full(20, 0.3), size=4), [0.4, 0.3, 0.2, 0.1]
+    draws = rng.choice(20, size=200_000, p=weights @ distributions)
+    log_probs = torch.from_numpy(np.log(distributions[:, draws]))
+    assert best_weights(log_probs) == pytest.approx(weights, abs=0.01)
+
+
+def test_best_weights_of_probabilities_far_apart():
+    first, second = torch.tensor([-4.0, -4000.0, -1.0]), torch.tensor([-4000.0, -1.0, -5000.0])
+    assert best_weights([first, second]) == pytest.approx([2 / 3, 1 / 3])
+
+
+@pytest.mark.parametrize("shapes", [[(3,)], [(3,), (4,)], [(3, 2), (3, 2)], []])
+def test_best_weights_of_other_shapes_are_refused(shapes):
+    with pytest.raises(UserError, match="two or more of one shape"):
+        best_weights([torch.zeros(shape) for shape in shapes])

@@ -1,0 +1,111 @@
+"""What is near is never missed, and little else is called near, whatever the rounding."""
+
+import types
+
+import numpy as np
+import pytest
+import torch
+from helpers.searching import as_arrays, values_for
+from helpers.small import all_distances
+
+from fairseq_knnlm.search import near_pairs
+from fairseq_knnlm.search.list_search import ListSearch
+
+DIMENSION = 40
+TYPES = (torch.bfloat16, torch.float32)
+METRICS = ("l2", "ip")
+
+
+@pytest.fixture
+def rng():
+    return np.random.default_rng(3)
+
+
+def products(queries, keys, limits, metric, dtype, **settings):
+    left, right = (
+        torch.zeros(len(part), near_pairs.columns(part.shape[1]), dtype=dtype)
+        for part in (queries, keys)
+    )
+    near_pairs.write_queries(left, queries, limits.astype(np.float32), metric, **settings)
+    near_pairs.write_keys(right, keys, metric)
+    return left @ right.t()
+
+
+def some_vectors(rng, count):
+    """Of very different lengths, some of them equal."""
+    lengths = 10 ** rng.uniform(-2, 2, size=(count, 1))
+    vectors = lengths * rng.normal(size=(count, DIMENSION))
+    vectors[1::7] = vectors[::7][: len(vectors[1::7])]
+    return vectors.astype(np.float32)
+
+
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("dtype", TYPES)
+def test_a_pair_at_the_limit_is_near(rng, dtype, metric):
+    queries, keys = some_vectors(rng, 60), some_vectors(rng, 80)
+    keys[:10] = queries[:10]
+    exact = all_distances(queries, keys, metric)
+    for column, limits in enumerate(exact.T):
+        near = near_pairs.are_near(products(queries, keys, limits, metric, dtype))
+        assert near[exact <= limits[:, None]].all()
+        assert near[:, column].all()
+
+
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("rest, sign", [(0.99, 1), (1.01, -1)])
+def test_a_pair_that_rounding_parts_most_is_near(rest, sign, metric):
+    # every number is almost half way between two of bfloat16, and all errors add up
+    queries = np.full((1, DIMENSION), 1 + rest * 2.0**-8, dtype=np.float32)
+    limits = all_distances(queries, sign * queries, metric)[0]
+    found = products(queries, sign * queries, limits, metric, torch.bfloat16)
+    assert near_pairs.are_near(found).all()
+    without = products(queries, sign * queries, limits, metric, torch.bfloat16, rounding=False)
+    assert not near_pairs.are_near(without).any()
+
+
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("dtype, room", [(torch.bfloat16, 0.04), (torch.float32, 0.001)])
+def test_what_is_well_beyond_the_limit_is_not_near(rng, dtype, room, metric):
+    queries, keys = some_vectors(rng, 60), some_vectors(rng, 80)
+    exact = all_distances(queries, keys, metric)
+    lengths = np.linalg.norm(queries, axis=1)[:, None] * np.linalg.norm(keys, axis=1)
+    squares = (queries**2).sum(axis=1)[:, None] + (keys**2).sum(axis=1)
+    for limits in exact.T[:20]:
+        near = near_pairs.are_near(products(queries, keys, limits, metric, dtype))
+        beyond = exact > limits[:, None] + room * lengths + 0.001 * (squares + abs(limits[:, None]))
+        assert beyond.any() and not near[beyond].any()
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+def test_without_a_limit_all_are_near(rng, dtype):
+    queries, keys = some_vectors(rng, 9), some_vectors(rng, 11)
+    found = products(queries, keys, np.full(9, np.inf), "l2", dtype)
+    assert near_pairs.are_near(found).all() and not near_pairs.are_near(-found).any()
+
+
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("dtype", TYPES)
+def test_without_rounding_and_limit_products_are_about_the_distances(rng, dtype, metric):
+    queries, keys = (rng.normal(size=(50, DIMENSION)).astype(np.float32) for _ in range(2))
+    found = products(queries, keys, np.zeros(50), metric, dtype, rounding=False)
+    exact = all_distances(queries, keys, metric)
+    np.testing.assert_allclose(found.float(), exact, rtol=0.01, atol=0.2)
+
+
+def test_a_search_finds_the_same_with_either_type(rng, monkeypatch):
+    keys = rng.normal(size=(3000, DIMENSION)).astype(np.float16)
+    queries = rng.normal(size=(200, DIMENSION)).astype(np.float32)
+    probes = np.zeros((len(queries), 1), dtype=int)
+
+    lists = types.SimpleNamespace(
+        sizes=np.array([len(keys)]),
+        ids=lambda number: np.arange(len(keys)),
+        probes=lambda queries: probes,
+    )
+    found = []
+    for dtype in TYPES:
+        monkeypatch.setattr(near_pairs, "rounded_type", lambda dtype=dtype: dtype)
+        search = ListSearch(keys, values_for(len(keys)), lists, "l2")
+        found.append(as_arrays(search.search(torch.from_numpy(queries), 30)))
+    for one, other in zip(*found):
+        assert np.array_equal(one, other)

@@ -1,0 +1,246 @@
+"""The grid over one retrieval, against one evaluation at a time."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from fairseq_knnlm.errors import UserError
+from fairseq_knnlm.probability.knn import knn_log_probs
+from fairseq_knnlm.probability.metrics import perplexity
+from fairseq_knnlm.probability.mixture import mix
+from fairseq_knnlm.tuning import knn_sweep
+from fairseq_knnlm.tuning.grid import KNNGridPoint, best
+from fairseq_knnlm.tuning.knn_sweep import (
+    best_lambda,
+    best_of_each_k,
+    log_p_knn,
+    mixture_perplexities,
+    sweep,
+    temperature_at_an_end,
+)
+from fairseq_knnlm.tuning.tuning_data import TuningData
+
+INF = math.inf
+
+
+def make_data(seed, count=400, k=12):
+    """A language model and neighbours that are each good at something."""
+    rng = torch.Generator().manual_seed(seed)
+    distances = (20 * torch.rand(count, k, generator=rng)).round().sort(dim=1).values
+    matches = torch.rand(count, k, generator=rng) < 0.4
+    matches[: count // 4] = False  # no neighbour has the target
+    log_p_lm = torch.rand(count, generator=rng).clamp(min=1e-3).log()
+    return TuningData(log_p_lm, distances, matches)
+
+
+def make_scaled(scale):
+    """Neighbours of which the near ones are right far more often than the far ones."""
+    data = make_data(seed=9)
+    near = data.distances < 4
+    rng = torch.Generator().manual_seed(1)
+    matches = torch.rand(near.shape, generator=rng) < torch.where(near, 0.6, 0.02)
+    return TuningData(data.log_p_lm, scale * data.distances, matches)
+
+
+def log_p_knn_one_at_a_time(data, k, temperature):
+    ones = torch.ones(len(data.matches), dtype=torch.long)
+    return knn_log_probs(data.distances[:, :k], data.matches[:, :k].long(), ones, temperature)
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 30.0])
+def test_every_k_is_the_prefix(temperature):
+    data = make_data(seed=1)
+    data.distances[7, 3:] = INF
+    data.distances[8] = INF
+    ks = [5, 1, 12, 5]
+    for k, result in zip(ks, log_p_knn(data, ks, temperature)):
+        expected = log_p_knn_one_at_a_time(data, k, temperature)
+        torch.testing.assert_close(result, expected, rtol=1e-4, atol=1e-5, equal_nan=True)
+        assert result[8].isnan() and not result[7].isnan()
+
+
+def test_prefixes_do_not_depend_on_how_rows_are_cut(monkeypatch):
+    data = make_data(seed=2)
+    whole = log_p_knn(data, [3, 12], 2.0)
+    monkeypatch.setattr(knn_sweep, "_ROWS", 7)
+    assert torch.equal(log_p_knn(data, [3, 12], 2.0), whole)
+
+
+def test_negative_distances_of_inner_products_do_not_overflow():
+    distances = torch.tensor([[-5000.0, -5000.0 + math.log(3), -100.0]])
+    data = TuningData(torch.zeros(1), distances, torch.tensor([[False, True, True]]))
+    (result,) = log_p_knn(data, [2], 1.0).exp()
+    assert result.item() == pytest.approx(0.25, rel=1e-3)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_best_lambda_equals_a_fine_grid(seed):
+    data = make_data(seed)
+    log_p_lm = data.log_p_lm.double().numpy()
+    (scores,) = log_p_knn(data, [12], 5.0)
+    lambdas = np.linspace(0, 1, 2001)[:, None]
+    with np.errstate(divide="ignore"):
+        likelihood = np.log(
+            (1 - lambdas) * np.exp(log_p_lm) + lambdas * np.exp(scores.double().numpy())
+        ).mean(axis=1)
+    on_grid = lambdas[likelihood.argmax(), 0]
+    assert 0.0 < on_grid < 1.0
+    result = best_lambda(data.log_p_lm, scores)
+    assert result == pytest.approx(on_grid, abs=1e-3)
+    (lowest,) = mixture_perplexities(data.log_p_lm, scores, [result])
+    assert lowest == pytest.approx(math.exp(-likelihood.max()), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    "scores", [[-2.0, -3.0], [-INF, -3.0], [-INF, -INF], [math.nan, -3.0], [math.nan, math.nan]]
+)
+def test_lambda_is_0_where_neighbours_only_hurt(scores):
+    assert best_lambda(torch.tensor([-1.0, -2.0]), torch.tensor(scores)) == 0.0
+
+
+def test_lambda_is_1_where_neighbours_only_help():
+    result = best_lambda(torch.tensor([-4.0, -400.0]), torch.tensor([-1.0, -2.0]))
+    assert 1 - 1e-9 < result <= 1.0
+
+
+def test_one_impossible_target_keeps_lambda_below_1():
+    scores = torch.zeros(1000)
+    scores[0] = -INF
+    result = best_lambda(torch.full((1000,), -5.0), scores)
+    # d/dl (ln(1 - l) + 999 ln(p + (1 - p) l)) = 0 with p = exp(-5)
+    p = math.exp(-5)
+    assert result == pytest.approx((999 * (1 - p) - p) / (1000 * (1 - p)), abs=1e-6)
+
+
+def test_a_query_without_matches_costs_its_share_of_lambda():
+    matches = torch.ones(8, 2, dtype=torch.bool)
+    matches[0] = False
+    data = TuningData(torch.full((8,), 0.5).log(), torch.zeros(8, 2), matches)
+    (point,) = sweep(data, [2], [5.0])
+    # ln((1 - l) / 2) + 7 ln((1 + l) / 2) is highest at l = 3/4
+    assert point.knn_lambda == pytest.approx(0.75)
+    assert point.perplexity == pytest.approx((0.125 * 0.875**7) ** (-1 / 8))
+
+
+def test_a_query_without_neighbours_is_left_to_the_language_model():
+    distances, matches = torch.zeros(9, 2), torch.ones(9, 2, dtype=torch.bool)
+    distances[0] = INF
+    matches[:2] = False
+    data = TuningData(torch.full((9,), 0.5).log(), distances, matches)
+    (point,) = sweep(data, [2], [5.0])
+    assert point.knn_lambda == pytest.approx(0.75)
+    assert point.perplexity == pytest.approx((0.5 * 0.125 * 0.875**7) ** (-1 / 9))
+
+
+def test_sweep_covers_the_grid_and_never_loses_to_the_language_model():
+    data = make_data(seed=4)
+    points = sweep(data, [1, 8], [0.5, 2.0, 9.0])
+    assert sorted((s.k, s.temperature) for s in points) == [
+        (k, temperature) for k in (1, 8) for temperature in (0.5, 2.0, 9.0)
+    ]
+    for point in points:
+        scores = log_p_knn_one_at_a_time(data, point.k, point.temperature).double()
+        mixed = (1 - point.knn_lambda) * data.log_p_lm.double().exp()
+        mixed += point.knn_lambda * scores.exp()
+        assert point.perplexity == pytest.approx(math.exp(-mixed.log().mean()), rel=1e-5)
+        assert point.perplexity <= perplexity(data.log_p_lm) * (1 + 1e-6)
+
+
+@pytest.mark.parametrize("temperature", [0.03, 1.0, 40.0])
+def test_every_lambda_equals_one_evaluation_at_a_time(temperature):
+    data = make_data(seed=8)
+    lambdas = [0.0, 0.1, 0.25, 0.9999]
+    points = sweep(data, [1, 5, 12], [temperature], lambdas)
+    assert [(s.k, s.knn_lambda) for s in points] == [(k, x) for k in (1, 5, 12) for x in lambdas]
+    for point in points:
+        scores = log_p_knn_one_at_a_time(data, point.k, temperature)
+        mixed = mix(data.log_p_lm, scores, knn_lambda=point.knn_lambda)
+        assert point.perplexity == pytest.approx(perplexity(mixed), rel=1e-6)
+
+
+def test_lambda_1_of_matches_far_behind_the_nearest():
+    """Their weights are 0 in float32, their probability is not."""
+    distances = torch.tensor([[0.0, 300.0, 500.0], [0.0, 1.0, 2.0]])
+    matches = torch.tensor([[False, True, False], [True, False, True]])
+    data = TuningData(torch.tensor([-3.0, -2.0]), distances, matches)
+    one, three = sweep(data, [1, 3], [1.0], [1.0])
+    assert one.perplexity == INF
+    second = (1 + math.exp(-2)) / (1 + math.exp(-1) + math.exp(-2))
+    assert three.perplexity == pytest.approx(math.exp((300 - math.log(second)) / 2))
+
+
+@pytest.mark.parametrize(
+    "ks, temperatures, lambdas, message",
+    [
+        ([0], [1.0], None, r"k in \[1, 12\], .* got 0"),
+        ([3, 13], [1.0], None, r"k in \[1, 12\], .* got 3, 13"),
+        ([], [1.0], None, r"k in \[1, 12\], .* got none"),
+        ([1], [], None, "empty"),
+        ([1], [1.0], [], "empty"),
+        ([1], [1e-31], None, r"temperatures in .*got 1e-31"),
+        ([1.5], [1.0], None, r"k in \[1, 12\], .* got 1.5"),
+        ([1], [1.0], [0.5, 1.5], r"lambda must be in \[0, 1\], got 1.5"),
+    ],
+)
+def test_a_grid_that_cannot_be_is_refused(ks, temperatures, lambdas, message):
+    with pytest.raises(UserError, match=message):
+        sweep(make_data(seed=0), ks, temperatures, lambdas)
+
+
+def test_temperatures_are_refined_around_the_best():
+    data = make_scaled(1.0)
+    powers = [2.0**exponent for exponent in range(-6, 11)]
+    coarse = best(sweep(data, [4, 12], powers))
+    points = sweep(data, [4, 12])
+    assert best(points).perplexity <= coarse.perplexity
+    tried = sorted({point.temperature for point in points})
+    assert set(powers) < set(tried)
+    place = tried.index(best(points).temperature)
+    assert tried[place + 1] / tried[place - 1] == pytest.approx(2**0.5, rel=1e-4)
+
+
+@pytest.mark.parametrize("scale", [1e-5, 1.0, 1e7])
+def test_the_range_of_temperatures_follows_the_distances(scale):
+    """The best temperature is result on any scale of the distances."""
+    scaled = make_scaled(scale)
+    points = sweep(scaled, [12])
+    lowest = best(points)
+    assert not temperature_at_an_end(points)
+    everywhere = [scale * 2.0**exponent for exponent in range(-8, 9)]
+    reference = best(sweep(scaled, [12], everywhere))
+    assert lowest.perplexity <= reference.perplexity * (1 + 1e-6)
+
+
+def test_a_best_temperature_at_an_end_is_told():
+    data = make_data(seed=9)
+    assert temperature_at_an_end(sweep(data, [12], [1e-3, 2e-3]))
+    assert not temperature_at_an_end(sweep(data, [12], [1.0]))
+
+
+def test_settings_can_be_typed_as_flags():
+    for point in sweep(make_data(seed=5), [4, 12]):
+        assert float(f"{point.knn_lambda:.4f}") == point.knn_lambda < 1.0
+        assert float(f"{point.temperature:.6g}") == point.temperature
+
+
+def test_best_of_each_k():
+    points = [
+        KNNGridPoint(2, 1.0, 0.1, 9.0),
+        KNNGridPoint(1, 1.0, 0.2, 8.0),
+        KNNGridPoint(2, 3.0, 0.3, 7.0),
+    ]
+    assert best_of_each_k(points) == [points[1], points[2]]
+    assert best(points) == points[2]
+
+
+def test_the_smallest_of_equal_ks_is_the_best():
+    points = [KNNGridPoint(8, 1.0, 0.0, 7.0), KNNGridPoint(2, 3.0, 0.0, 7.0)]
+    assert best(points) == points[1]
+
+
+def test_shapes_that_do_not_fit_are_named():
+    data = make_data(seed=0)
+    with pytest.raises(UserError, match=r"got \(400, 12\), \(400, 11\), \(400,\)"):
+        sweep(data._replace(matches=data.matches[:, 1:]), [1])
