@@ -1,4 +1,4 @@
-"""Who may import whom: the rooms of docs/architecture.md, read from the source and from a process."""
+"""Who may import whom: the rooms of docs/architecture.md, read from the source."""
 
 import ast
 import subprocess

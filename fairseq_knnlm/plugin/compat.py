@@ -1,7 +1,8 @@
-"""Lets checkpoints of older fairseq releases load on PyTorch >= 2.6, which loads weights only.
+"""What fairseq needs to run on today's PyTorch and numpy.
 
-Those checkpoints keep their arguments as an ``argparse.Namespace`` and a few statistics as numpy
-scalars. Both are plain data; naming them as safe keeps PyTorch's protection on for all the rest.
+PyTorch >= 2.6 loads weights only. Checkpoints of older fairseq releases keep their arguments as an
+``argparse.Namespace`` and a few statistics as numpy scalars. Both are plain data; naming them as
+safe keeps PyTorch's protection on for all the rest. numpy 2 has dropped a name that fairseq uses.
 """
 
 import argparse
@@ -19,7 +20,7 @@ def allow_plain_data() -> None:
         return
     scalar = np.float64(0.0).__reduce__()[0]
     dtypes = {type(np.dtype(code)) for code in ("f4", "f8", "i4", "i8", "bool")}
-    # numpy 1 and 2 pickle the same function under two names
+    # numpy 1 and 2 pickle the same function under two names.
     names = [(scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")]
     add_safe_globals([argparse.Namespace, np.dtype, *dtypes, *names])
 

@@ -47,6 +47,8 @@ logger = logging.getLogger(__name__)
 
 # The import of --user-dir is early enough: no checkpoint has been read before it.
 allow_plain_data()
+# The first process of a command over several GPUs makes no task, so this is done here.
+end_with_text()
 
 
 @register_task("knnlm_lm", dataclass=KNNLMConfig)
@@ -75,7 +77,6 @@ class KNNLMTask(LanguageModelingTask):
             args: the task's part of the command line.
             kwargs: as fairseq passes them.
         """
-        end_with_text()
         check_settings(args)
         return super().setup_task(args, **kwargs)
 

@@ -9,8 +9,6 @@ from typing import NamedTuple, Optional
 
 import torch
 
-import fairseq_knnlm
-
 from ..datastore.tuned import save_tuned
 from ..files import without_infinities
 from ..probability.bootstrap import BLOCK_TOKENS, MIN_DOCUMENTS, Interval, paired_interval
@@ -180,7 +178,7 @@ def command(typed, split: str, chosen: Chosen) -> str:
         ours.add_argument(flag)
     ours.add_argument("--report-on-tuned", action="store_true")
     _, others = ours.parse_known_args(typed)
-    plugin = os.path.dirname(fairseq_knnlm.__file__)
+    plugin = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
     words = ["fairseq-eval-lm", *others, "--user-dir", plugin, "--task", "knnlm_lm"]
     words += ["--gen-subset", split]
     for name, value in chosen.final().items():

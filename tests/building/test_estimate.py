@@ -5,7 +5,7 @@ import shutil
 
 import numpy as np
 import pytest
-from helpers.commands import build
+from helpers.commands import build, call
 from helpers.small import contents, make_datastore, random_keys, random_values
 
 from fairseq_knnlm.building.estimate import Estimate, estimate_build, table
@@ -91,7 +91,7 @@ def test_the_command_says_what_the_build_then_takes(data, checkpoints, tmp_path,
 def command(directory, *flags):
     """The build command, as it may be typed before there are a text and a checkpoint."""
     words = ["nowhere", "--path", "none.pt", "--knn-datastore", directory, *flags, "--cpu"]
-    build_command.main([str(word) for word in words])
+    call(build_command.main, *words)
 
 
 def test_sizes_stand_for_a_text_and_a_checkpoint(tmp_path, capsys):

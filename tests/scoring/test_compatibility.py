@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from helpers.small import make_datastore, make_model, random_keys, random_values
+from helpers.small import edit_manifest, make_datastore, make_model, random_keys, random_values
 
 from fairseq_knnlm.datastore.fingerprint import weights_fingerprint
 from fairseq_knnlm.encoding.key_extractor import extractor_of
@@ -124,10 +124,9 @@ def test_several_models_are_refused():
 
 
 def test_the_dimension_that_counts_is_the_models_not_that_of_the_stored_keys(tmp_path):
-    # a projection before the index stores fewer numbers than the model's states have
-    path = make_datastore(
-        tmp_path / "d", random_keys(1, 10, 4), random_values(1, 10, VOCABULARY), model_dimension=8
-    )
+    # A projection before the index stores fewer numbers than the model's states have.
+    path = make_datastore(tmp_path / "d", random_keys(1, 10, 4), random_values(1, 10, VOCABULARY))
+    edit_manifest(path, lambda manifest: manifest.update(model_dimension=8))
     model = make_model()
     with pytest.raises(UserError, match="the weights of --path"):
         refuse_other_model(Retriever.open([path], k=1), model, "b" * 64)
