@@ -1,6 +1,6 @@
 """What fairseq sees: the task, its flags, the generator, and the patches of running commands.
 
 ``task`` wires the parts together and ``config`` declares the flags. fairseq gives no hook for its
-scorer and its printing: ``eval_lm_patch`` and ``print_patch`` are swapped in at run time and undone.
+scorer and its printing: ``eval_lm_patch`` and ``print_patch`` reach in at run time, and are undone.
 With ``hub`` and ``cli`` the only door to fairseq. Imports from every package but these two.
 """
