@@ -142,7 +142,7 @@ def test_scores_are_those_that_tuning_reports(
         flags += ["--tuned", str(tuned), "--method", method]
     if "knn" in method:
         flags += ["--knn-datastore", str(datastores["adaptive"])]
-    paper.log_probs.common.run(
+    paper.log_probs.run_command(
         paper.log_probs.make_parser(), paper.log_probs.run, [*reading(data, checkpoints), *flags]
     )
     log_p = np.load(tmp_path / "scores.npz")["log_p"]
