@@ -14,7 +14,8 @@ from recipe import HERE, LOGGING, PYTHON, interval
 from report import Section, Table, Trend, all_of, lowers, percent
 
 from fairseq_knnlm.probability.metrics import perplexity
-from fairseq_knnlm.probability.mixture import best_weights, mix
+from fairseq_knnlm.probability.mixture import mix
+from fairseq_knnlm.probability.weights import best_weights
 
 TITLE = "Section 6: analysis"
 MEMORISING = "memorising-lm"

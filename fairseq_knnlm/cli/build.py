@@ -66,7 +66,11 @@ def main(argv=None):
 
 
 def run(cfg, args):
-    """Build a datastore, or the share of it that falls to this process."""
+    """Build a datastore, or the share of it that falls to this process.
+
+    Args:
+        cfg, args: the command line, as fairseq reads it and as it was typed.
+    """
     directory = _output_directory(cfg)
     cfg.task.knn_datastore = None  # it is written here, not searched
     num_shards, shard_id = _shard_of(cfg)

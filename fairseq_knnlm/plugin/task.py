@@ -9,15 +9,11 @@ import os
 
 import numpy as np
 import torch.distributed as dist
-from fairseq import models
 from fairseq.data import iterators
-from fairseq.models import FairseqLanguageModel
-from fairseq.models.transformer import TransformerDecoderBase
 from fairseq.tasks import register_task
 from fairseq.tasks.language_modeling import LanguageModelingTask
 
 from ..datastore.fingerprint import dictionary_fingerprint, weights_fingerprint
-from ..datastore.tuned import tuned_for
 from ..encoding.blocks import BlockDataset, refuse_oversized
 from ..encoding.chunks import SEARCH_TOKENS, blocks_before, shard, split_evenly, tokens_of_search
 from ..encoding.samples import ChunkCollater
@@ -26,21 +22,18 @@ from ..inspection.tokens import Inspector
 from ..scoring.compatibility import (
     refuse_other_dictionary,
     refuse_other_model,
-    refuse_unexpected_flags,
 )
 from ..scoring.scorer import KNNScorer, make_scorer
-from ..scoring.settings import AUTO, DEFAULT_KEY, Settings, flag_of, starting_temperature
+from ..scoring.settings import DEFAULT_KEY
 from .commands import end_with_text
 from .compat import allow_plain_data, numpy_compat
 from .config import (
     KNNLMConfig,
     check_settings,
-    datastore_paths,
-    given_settings,
-    refuse_other_than_tuned,
 )
 from .eval_lm_patch import use_scorer
 from .generator import KNNGenerator, KNNModel, ReferenceScorer
+from .opening import refuse_other_decoders, refuse_other_models, settings_and_retriever
 from .print_patch import Memories
 
 logger = logging.getLogger(__name__)
@@ -64,7 +57,7 @@ class KNNLMTask(LanguageModelingTask):
 
     def __init__(self, args, dictionary, output_dictionary=None, targets=None):
         super().__init__(args, dictionary, output_dictionary, targets)
-        self.settings, self.retriever = _settings_and_retriever(args)
+        self.settings, self.retriever = settings_and_retriever(args)
         if self.retriever is not None:
             fingerprint = dictionary_fingerprint(self.target_dictionary)
             refuse_other_dictionary(self.retriever, fingerprint)
@@ -85,13 +78,17 @@ class KNNLMTask(LanguageModelingTask):
     def build_model(self, args, from_checkpoint=False):
         """Build a model; one that is loaded is checked against the datastore once it has weights.
 
+        Args:
+            args: the model's part of the configuration.
+            from_checkpoint (bool): whether it will be given the weights of a checkpoint.
+
         Raises:
             UserError: if it is no decoder-only language model.
         """
-        _refuse_other_models(args)
+        refuse_other_models(args)
         model = super().build_model(args, from_checkpoint)
         if from_checkpoint:
-            _refuse_other_decoders(model)
+            refuse_other_decoders(model)
             model.register_load_state_dict_post_hook(self._on_weights_loaded)
         return model
 
@@ -103,6 +100,10 @@ class KNNLMTask(LanguageModelingTask):
 
     def load_dataset(self, split, epoch=1, combine=False, **kwargs):
         """Load a split, with every break mode on every numpy.
+
+        Args:
+            split (str): of the data.
+            epoch, combine, kwargs: as in fairseq.
 
         Raises:
             UserError: if it is empty.
@@ -160,9 +161,14 @@ class KNNLMTask(LanguageModelingTask):
         data_buffer_size=0,
         first_block=0,
     ):
-        """Iterate over chunks of blocks as samples, in order, loaded by *num_workers* processes.
+        """Iterate over chunks of blocks as samples, in order, loaded by worker processes.
 
-        Blocks before *first_block* are history.
+        Args:
+            blocks (BlockDataset): the text.
+            chunks (iterable of range): blocks of each sample.
+            max_tokens, batch_size (int): most tokens and most blocks of a batch.
+            num_workers, data_buffer_size (int): as in fairseq.
+            first_block (int): blocks before it are history.
         """
         return iterators.EpochBatchIterator(
             dataset=blocks,
@@ -258,7 +264,11 @@ class KNNLMTask(LanguageModelingTask):
     # -- generation ----------------------------------------------------------------------------
 
     def build_dataset_for_inference(self, src_tokens, src_lengths, **kwargs):
-        """Prompts, or texts to score, as a dataset; on every numpy."""
+        """Prompts, or texts to score, as a dataset; on every numpy.
+
+        Args:
+            src_tokens, src_lengths, kwargs: as in fairseq.
+        """
         with numpy_compat():
             return super().build_dataset_for_inference(src_tokens, src_lengths, **kwargs)
 
@@ -274,6 +284,11 @@ class KNNLMTask(LanguageModelingTask):
 
         Without a datastore or with lambda = 0 it is fairseq's own; so it is with ``args.knn``
         False, which the hub interface sets by ``sample(text, knn=False)``.
+
+        Args:
+            models (list): of one model.
+            args: settings of the generation.
+            seq_gen_cls, extra_gen_cls_kwargs, prefix_allowed_tokens_fn: as in fairseq.
 
         Raises:
             UserError: for what cannot be done with neighbours.
@@ -323,50 +338,3 @@ class KNNLMTask(LanguageModelingTask):
             self.args.knn_show_neighbors,
         )
         return Memories(inspector, args.nbest, len(datastores))
-
-
-def _settings_and_retriever(args):
-    """What the flags ask for; without a datastore the retriever is None."""
-    paths, given = datastore_paths(args), given_settings(args)
-    if not paths:
-        return Settings(**given), None
-    # Imported here, because training needs no FAISS.
-    from ..search.retriever import Retriever
-
-    if args.knn_tuned:
-        tuned = tuned_for(paths)
-        refuse_other_than_tuned(args, tuned)
-        given = {name: tuned[name] for name in Settings._fields if name in tuned}
-    settings = Settings(**given)
-    retriever = Retriever.open(
-        paths,
-        k=settings.k,
-        nprobe=settings.nprobe,
-        distances=settings.distances,
-        device=str(args.knn_device),
-    )
-    fixed = ("knn_key", "knn_key_layer", "knn_metric", "knn_index")
-    refuse_unexpected_flags(retriever, {flag_of(name): getattr(args, name) for name in fixed})
-    if settings.temperature == AUTO:
-        temperature = starting_temperature(retriever.datastores[0])
-        settings = settings._replace(temperature=temperature)
-    return settings, retriever
-
-
-def _refuse_other_models(args) -> None:
-    name = getattr(args, "_name", None) or getattr(args, "arch", None)
-    cls = models.MODEL_REGISTRY.get(name) or models.ARCH_MODEL_REGISTRY.get(name)
-    if cls is not None and not issubclass(cls, FairseqLanguageModel):
-        raise UserError(
-            f"the checkpoint's architecture {name} is no decoder-only language "
-            "model; expected one of the transformer_lm family"
-        )
-
-
-def _refuse_other_decoders(model) -> None:
-    if not isinstance(model.decoder, TransformerDecoderBase):
-        raise UserError(
-            f"the checkpoint's decoder, a {type(model.decoder).__name__}, is no "
-            "transformer; expected a model of the transformer_lm family (--task language_modeling "
-            "evaluates others, without neighbours)"
-        )

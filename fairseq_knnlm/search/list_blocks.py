@@ -23,7 +23,12 @@ def keys_of_block(columns: int) -> int:
 
 
 def queries_of_block(width: int, count: int) -> int:
-    """Queries of a block: at most *count*, with rows of *width* elements."""
+    """Queries of a block.
+
+    Args:
+        width (int): elements of a row, of a query or of a product.
+        count (int): at most so many.
+    """
     return _fitting(width, count)
 
 

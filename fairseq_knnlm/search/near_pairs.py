@@ -90,6 +90,10 @@ def center_of(keys: np.ndarray, metric: str) -> np.ndarray:
 
     Squared L2 from norms and products is a small difference of large numbers, which has few digits,
     unless the numbers are relative to about the mean of the keys.
+
+    Args:
+        keys (ndarray): shape (N, D), float16.
+        metric (str): ``l2``, or ``ip``, for which it is 0.
     """
     if metric != "l2":
         return np.zeros(keys.shape[1], dtype=np.float32)

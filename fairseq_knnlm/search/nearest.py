@@ -91,7 +91,12 @@ class Nearest:
         return np.flatnonzero((farthest > self._limits) & (self._limits < np.inf))
 
     def replace(self, queries: np.ndarray, other: "Nearest") -> None:
-        """Take what *other* found for some of the queries."""
+        """Take what was collected elsewhere for some of the queries.
+
+        Args:
+            queries (ndarray): shape (n,), int64.
+            other (Nearest): of these queries, in this order.
+        """
         self._kept[queries, : self._k] = other._kept[:, : self._k]
 
     def of(self, queries: slice) -> tuple[np.ndarray, np.ndarray]:

@@ -13,7 +13,12 @@ ROWS = 1 << 10
 
 
 def slices(count: int, width: int) -> Iterator[slice]:
-    """Cut *count* queries, each of a row of *width* elements, into what a thread does at a time."""
+    """Cut queries into what a thread does at a time.
+
+    Args:
+        count (int): queries.
+        width (int): elements of the row of each.
+    """
     rows = max(1, min(ROWS, _ELEMENTS // width))
     return (slice(start, min(start + rows, count)) for start in range(0, count, rows))
 

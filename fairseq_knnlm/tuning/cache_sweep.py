@@ -13,7 +13,8 @@ import torch
 from ..errors import UserError
 from ..probability.continuous_cache import METRICS, ContinuousCache
 from ..probability.metrics import perplexity
-from ..probability.mixture import best_weights, mix
+from ..probability.mixture import mix
+from ..probability.weights import best_weights
 from .grid import CacheGridPoint, best
 from .tuning_data import TuningData
 

@@ -15,7 +15,8 @@ import torch
 from ..errors import UserError
 from ..probability.log_sums import LogShares
 from ..probability.metrics import perplexity
-from ..probability.mixture import best_weights, mix
+from ..probability.mixture import mix
+from ..probability.weights import best_weights
 from .grid import KNNGridPoint, best
 from .tuning_data import TuningData
 

@@ -1,0 +1,77 @@
+"""The best weights of a mixture, against expectation-maximisation."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from fairseq_knnlm.errors import UserError
+from fairseq_knnlm.probability.weights import best_weights
+
+NAN = float("nan")
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_best_weights_against_expectation_maximisation(seed):
+    rng = np.random.default_rng(seed)
+    probabilities = rng.random((3, 2000)) ** np.array([[1.0], [2.0], [1.0 + 2 * seed]])
+    probabilities[1:][rng.random((2, 2000)) < 0.5] = 0.0
+    expected = np.full(3, 1 / 3)
+    for _ in range(5000):
+        expected *= (probabilities / (expected @ probabilities)).mean(axis=1)
+    with np.errstate(divide="ignore"):
+        log_probs = torch.from_numpy(np.log(probabilities))
+    assert best_weights(log_probs) == pytest.approx(expected, abs=1e-4)
+
+
+def test_best_weights_at_the_corners():
+    good, bad = torch.full((10,), -1.0), torch.full((10,), -math.inf)
+    assert best_weights([good, bad]).tolist() == [1.0, 0.0]
+    twins = best_weights([good, good, good - 1.0])
+    assert twins[2] == 0.0 and twins.sum() == pytest.approx(1.0)
+    unknown = torch.full((10,), math.nan)
+    with pytest.raises(UserError, match="no token"):
+        best_weights([good, unknown])
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_best_weights_of_two_against_a_fine_grid(seed):
+    rng = np.random.default_rng(seed)
+    first, second = rng.random((2, 3000)) ** [[1.0], [0.3 + seed]]
+    second[rng.random(3000) < 0.2 * seed] = 0.0
+    with np.errstate(divide="ignore"):
+        result = best_weights([torch.from_numpy(np.log(each)) for each in (first, second)])
+        lambdas = np.linspace(0, 1, 4001)[:, None]
+        likelihood = np.log((1 - lambdas) * first + lambdas * second).mean(axis=1)
+    assert result[1] == pytest.approx(lambdas[likelihood.argmax(), 0], abs=3e-4)
+    assert result.sum() == 1.0
+
+
+def test_best_weights_leave_out_rows_of_nan():
+    rng = torch.Generator().manual_seed(2)
+    log_probs = torch.rand(3, 500, generator=rng).log()
+    expected = best_weights(log_probs)
+    rows = torch.rand(3, 200, generator=rng).log()
+    rows[1, ::2], rows[2, 1::2] = NAN, NAN
+    assert best_weights(torch.cat([rows, log_probs], dim=1)) == pytest.approx(expected)
+
+
+def test_best_weights_of_a_mixture_are_its_weights():
+    """Of many draws from a mixture, maximum likelihood finds it again."""
+    rng = np.random.default_rng(5)
+    distributions, weights = rng.dirichlet(np.full(20, 0.3), size=4), [0.4, 0.3, 0.2, 0.1]
+    draws = rng.choice(20, size=200_000, p=weights @ distributions)
+    log_probs = torch.from_numpy(np.log(distributions[:, draws]))
+    assert best_weights(log_probs) == pytest.approx(weights, abs=0.01)
+
+
+def test_best_weights_of_probabilities_far_apart():
+    first, second = torch.tensor([-4.0, -4000.0, -1.0]), torch.tensor([-4000.0, -1.0, -5000.0])
+    assert best_weights([first, second]) == pytest.approx([2 / 3, 1 / 3])
+
+
+@pytest.mark.parametrize("shapes", [[(3,)], [(3,), (4,)], [(3, 2), (3, 2)], []])
+def test_best_weights_of_other_shapes_are_refused(shapes):
+    with pytest.raises(UserError, match="two or more of one shape"):
+        best_weights([torch.zeros(shape) for shape in shapes])
