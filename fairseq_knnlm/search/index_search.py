@@ -66,6 +66,7 @@ class IndexSearch:
         self._metric = metric
         self._values = values
         self._nprobe = nprobe
+        self._device_values: Optional[torch.Tensor] = None
         self._on_gpu = device == "cuda"
         self._params = _search_params(index, nprobe)
         self._compares_all = isinstance(index, faiss.IndexFlat)
@@ -163,13 +164,19 @@ class IndexSearch:
 
     def _device_batches(self, queries: torch.Tensor, k: int) -> Iterator[Batch]:
         """As ``_host_batches`` without exact distances, on the device of the index."""
-        values = torch.from_numpy(self._values.astype(np.int32)).to(queries.device)
+        values = self._values_on(queries.device)
         for start in range(0, len(queries), _DEVICE_ROWS):
             part = queries[start : start + _DEVICE_ROWS]
             distances, ids = self._device_search(part, k)
             missing = ids < 0
             tokens = values[ids.clamp(min=0)].long().masked_fill_(missing, 0)
             yield slice(start, start + len(part)), Neighbors(distances, tokens, ids)
+
+    def _values_on(self, device: torch.device) -> torch.Tensor:
+        """The values on a device, copied there once: a step of generation is one search."""
+        if self._device_values is None or self._device_values.device != device:
+            self._device_values = torch.from_numpy(self._values.astype(np.int32)).to(device)
+        return self._device_values
 
     def _device_search(self, queries: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Distances and ids, shape (n, k), on the device of the queries, which the index is on."""
