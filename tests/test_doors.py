@@ -14,6 +14,9 @@ PACKAGE = REPOSITORY / "fairseq_knnlm"
 ORDER = [
     "version",
     "errors",
+    "fields",
+    "arguments",
+    "options",
     "html_page",
     "files",
     "neighbors",

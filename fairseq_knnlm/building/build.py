@@ -14,6 +14,7 @@ from typing import Callable, Optional
 import numpy as np
 import torch
 
+from ..arguments import check_arguments
 from ..datastore.fingerprint import dictionary_fingerprint, weights_fingerprint
 from ..datastore.writer import DatastoreWriter, value_dtype
 from ..encoding.blocks import BlockDataset
@@ -21,9 +22,10 @@ from ..encoding.chunks import plan_chunks, shard
 from ..encoding.encode import encode
 from ..encoding.key_extractor import KeyExtractor, extractor_of, resolve_layer
 from ..encoding.samples import to_device
-from ..errors import UserError
+from ..fields import one_of
+from ..options import DEFAULT_KEY, DEFAULT_NPROBE, METRICS
 from ..search.factory import default_factory, refuse_unbuildable
-from ..search.faiss_import import METRICS, faiss_version
+from ..search.faiss_import import faiss_version
 from ..search.index_build import build_index
 from ..search.index_cost import estimate_cost
 from ..tuning.temperature import find_temperature
@@ -35,7 +37,7 @@ logger = logging.getLogger("fairseq_knnlm.build")
 JOURNAL_TOKENS = 1 << 14
 
 
-def key_of(model, key: str = "ffn-input", layer: int = -1) -> dict:
+def key_of(model, key: str = DEFAULT_KEY, layer: int = -1) -> dict:
     """Which state of a model the keys are, as the manifest says it.
 
     Args:
@@ -74,8 +76,7 @@ def manifest_settings(
     Raises:
         UserError: if there is no such metric.
     """
-    if metric not in METRICS:
-        raise UserError(f"metric must be one of {', '.join(METRICS)}, got {metric!r}")
+    check_arguments("manifest_settings", metric=(metric, one_of(METRICS)))
     return {
         "key": key,
         "metric": metric,
@@ -214,7 +215,7 @@ def _write(writer, number: int, keys, values) -> None:
     writer.write(number, keys.cpu().numpy(), values.cpu().numpy().astype(writer.value_dtype))
 
 
-def finish(writer: DatastoreWriter, factory: str, metric: str, nprobe: int = 32) -> str:
+def finish(writer: DatastoreWriter, factory: str, metric: str, nprobe: int = DEFAULT_NPROBE) -> str:
     """Build the index and write the manifest, once all chunks are written.
 
     Args:
@@ -229,6 +230,7 @@ def finish(writer: DatastoreWriter, factory: str, metric: str, nprobe: int = 32)
     Raises:
         UserError: if FAISS cannot build the index, or the disk is full. The keys stay.
     """
+    check_arguments("finish", metric=(metric, one_of(METRICS)))
     with writer.finishing() as missing:
         if missing is None:  # another process has finished it
             return ""

@@ -19,7 +19,7 @@ from ..encoding.chunks import NEIGHBORS_BYTES, plan_chunks
 from ..encoding.key_extractor import extractor_of
 from ..encoding.samples import to_device
 from ..errors import UserError
-from ..scoring.settings import DEFAULT_METRIC
+from ..options import DEFAULT_METRIC
 from ..search.factory import default_factory, refuse_unbuildable
 from .command_line import (
     context_settings,

@@ -13,7 +13,9 @@ from typing import Optional
 
 import numpy as np
 
+from ..arguments import check_arguments
 from ..errors import UserError
+from ..fields import whole
 from ..files import checksum, render, write_atomically
 from .arguments import check_writer_arguments
 from .arrays import Arrays
@@ -37,8 +39,13 @@ from .manifest import INDEX, KEYS, MANIFEST, VALUES, array_layout, make_manifest
 
 
 def value_dtype(vocabulary_size: int) -> np.dtype:
-    """The smallest unsigned integer that holds every token id below *vocabulary_size*."""
-    return np.min_scalar_type(max(vocabulary_size - 1, 0))
+    """The smallest unsigned integer that holds every token id below *vocabulary_size*.
+
+    Raises:
+        UserError: if that is no whole number >= 0.
+    """
+    check_arguments("value_dtype", vocabulary_size=(vocabulary_size, whole(0)))
+    return np.min_scalar_type(max(int(vocabulary_size) - 1, 0))
 
 
 class DatastoreWriter:

@@ -11,7 +11,9 @@ from typing import NamedTuple, Optional
 import numpy as np
 import torch
 
+from ..arguments import check_arguments, or_none
 from ..errors import UserError
+from ..fields import Kind, whole
 
 
 class Block(NamedTuple):
@@ -43,6 +45,9 @@ class BlockDataset(torch.utils.data.Dataset):
             into the block before; None where text runs on.
         bos (bool): items begin with an extra ``<s>`` in source and target (``--add-bos-token``),
             which is fed but not a target.
+
+    Raises:
+        UserError: if an argument cannot be.
     """
 
     def __init__(
@@ -55,13 +60,7 @@ class BlockDataset(torch.utils.data.Dataset):
         document_starts: Optional[np.ndarray] = None,
         bos: bool = False,
     ):
-        if context_window < 0:
-            raise UserError(f"BlockDataset: context_window must be >= 0, got {context_window}")
-        if len(sizes) != len(dataset):
-            raise UserError(
-                f"BlockDataset: sizes must have one entry for each of the {len(dataset)} blocks, "
-                f"got {len(sizes)}"
-            )
+        _refuse_impossible(dataset, sizes, pad, context_window, max_length, document_starts)
         self.dataset = dataset
         self.pad = pad
         self.bos = bos
@@ -98,6 +97,21 @@ class BlockDataset(torch.utils.data.Dataset):
             pieces.append(self.dataset[index]["source"][-missing:])
             missing -= len(pieces[-1])
         return pieces[::-1]
+
+
+def _refuse_impossible(dataset, sizes, pad, context_window, max_length, document_starts) -> None:
+    def one_each(flags):
+        return np.shape(flags) == (len(dataset),)
+
+    entries = f"of one entry for each of the {len(dataset)} blocks"
+    check_arguments(
+        "BlockDataset",
+        sizes=(sizes, Kind(f"whole numbers, {entries}", one_each)),
+        pad=(pad, whole(0)),
+        context_window=(context_window, whole(0)),
+        max_length=(max_length, or_none(whole(1))),
+        document_starts=(document_starts, or_none(Kind(f"true or false, {entries}", one_each))),
+    )
 
 
 def refuse_oversized(blocks: BlockDataset, max_positions: int, max_tokens: int) -> None:

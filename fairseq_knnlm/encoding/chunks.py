@@ -7,6 +7,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from ..arguments import check_arguments
+from ..fields import whole
+
 # Target tokens of a chunk that is searched: as many as possible, since a search reads all keys of
 # the probed lists once for all of them.
 SEARCH_TOKENS = 3 << 15
@@ -26,11 +29,15 @@ def plan_chunks(sizes: np.ndarray, chunk_tokens: int) -> list[range]:
 
     Args:
         sizes (ndarray): shape (M,), target tokens of each block.
-        chunk_tokens (int): target tokens of a chunk.
+        chunk_tokens (int): target tokens of a chunk, >= 1.
 
     Returns:
         list of range: block indices of each chunk, together every block once, in order.
+
+    Raises:
+        UserError: if *chunk_tokens* cannot be.
     """
+    check_arguments("plan_chunks", chunk_tokens=(chunk_tokens, whole(1)))
     ends = np.cumsum(np.asarray(sizes, dtype=np.int64))
     chunks, start, tokens_before = [], 0, 0
     while start < len(ends):
@@ -47,11 +54,15 @@ def split_evenly(sizes: np.ndarray, count: int) -> list[range]:
 
     Args:
         sizes (ndarray): shape (M,), target tokens of each block.
-        count (int): how many runs.
+        count (int): how many runs, >= 1.
 
     Returns:
         list of range: block indices of each chunk, together every block once, in order.
+
+    Raises:
+        UserError: if *count* cannot be.
     """
+    check_arguments("split_evenly", count=(count, whole(1)))
     ends = np.cumsum(np.asarray(sizes, dtype=np.int64))
     total = int(ends[-1]) if len(ends) else 0
     cuts = np.searchsorted(ends, [total * number // count for number in range(1, count)]) + 1
@@ -66,7 +77,12 @@ def shard(chunks: Sequence[range], num_shards: int, shard_id: int) -> list[range
         chunks (sequence of range): all of them.
         num_shards (int): processes.
         shard_id (int): which of them, from 0.
+
+    Raises:
+        UserError: if there is no such share.
     """
+    check_arguments("shard", num_shards=(num_shards, whole(1)))
+    check_arguments("shard", shard_id=(shard_id, whole(0, num_shards - 1)))
     bounds = np.linspace(0, len(chunks), num_shards + 1).round().astype(int)
     return list(chunks[bounds[shard_id] : bounds[shard_id + 1]])
 

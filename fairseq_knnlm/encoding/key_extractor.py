@@ -10,6 +10,8 @@ from typing import Callable, NamedTuple, Optional
 import torch
 
 from ..errors import UserError
+from ..fields import is_whole
+from ..options import DEFAULT_KEY
 
 
 class _Tap(NamedTuple):
@@ -87,10 +89,10 @@ def resolve_layer(decoder, layer: int) -> int:
             f"a {type(decoder).__name__} has no transformer decoder layers to take "
             "keys from; expected a model of the transformer_lm family"
         )
-    if not -len(layers) <= layer < len(layers):
+    if not is_whole(layer, -len(layers), len(layers) - 1):
         raise UserError(
-            f"--knn-key-layer {layer} does not exist: the model has {len(layers)} "
-            f"layers, {-len(layers)} to {len(layers) - 1}"
+            f"layer (--knn-key-layer) must be a whole number from {-len(layers)} to "
+            f"{len(layers) - 1}, the model having {len(layers)} layers, got {layer!r}"
         )
     return layer % len(layers)
 
@@ -125,7 +127,7 @@ class KeyExtractor:
         UserError: if the model has no such state.
     """
 
-    def __init__(self, decoder, key: str = "ffn-input", layer: int = -1):
+    def __init__(self, decoder, key: str = DEFAULT_KEY, layer: int = -1):
         layer = resolve_layer(decoder, layer)
         pre_norm = decoder.layers[layer].normalize_before
         if key not in _TAPS:
@@ -133,7 +135,7 @@ class KeyExtractor:
         self._tap = _TAPS[key](decoder, layer, pre_norm)
         if self._tap.module is None:
             raise UserError(
-                f"--knn-key {key} does not exist at layer {layer} of this "
+                f"key (--knn-key) {key} does not exist at layer {layer} of this "
                 f"{'pre' if pre_norm else 'post'}-norm model: there is no layer norm there"
             )
         self.key, self.layer = key, layer

@@ -10,7 +10,8 @@ from typing import Optional
 import numpy as np
 import torch
 
-from ..errors import UserError
+from ..arguments import check_arguments, or_none
+from ..fields import whole
 from .blocks import Block, BlockDataset
 
 
@@ -54,6 +55,9 @@ class ChunkCollater:
         pad (int): padding token id.
         max_tokens, max_sentences (int): see ``plan_batches``.
         first_block (int): index of the first block that is scored; those before are history.
+
+    Raises:
+        UserError: if an argument cannot be.
     """
 
     def __init__(
@@ -63,11 +67,13 @@ class ChunkCollater:
         max_sentences: Optional[int] = None,
         first_block: int = 0,
     ):
-        if max_tokens < 1 or (max_sentences is not None and max_sentences < 1):
-            raise UserError(
-                "ChunkCollater: max_tokens and max_sentences must be >= 1, got "
-                f"{max_tokens} and {max_sentences}"
-            )
+        check_arguments(
+            "ChunkCollater",
+            pad=(pad, whole(0)),
+            max_tokens=(max_tokens, whole(1)),
+            max_sentences=(max_sentences, or_none(whole(1))),
+            first_block=(first_block, whole(0)),
+        )
         self.pad = pad
         self.max_tokens = max_tokens
         self.max_sentences = max_sentences
@@ -161,7 +167,13 @@ def only_rows(sample: dict, start: int, stop: int) -> dict:
 
     Returns:
         dict: of the same form; ``target_lengths`` counts what is left of each block.
+
+    Raises:
+        UserError: if there are no such rows.
     """
+    count = len(sample["target"])
+    check_arguments("only_rows", start=(start, whole(0, count)))
+    check_arguments("only_rows", stop=(stop, whole(start, count)))
     batches = []
     for batch in sample["batches"]:
         wanted = (batch["rows"] >= start) & (batch["rows"] < stop)

@@ -15,16 +15,21 @@ from omegaconf import II
 
 from ..encoding.key_extractor import KEY_TYPES
 from ..errors import UserError
-from ..probability.continuous_cache import METRICS
-from ..scoring.settings import (
-    CACHE_RESETS,
-    DEFAULT_CACHE_LAMBDA,
+from ..options import (
     DEFAULT_DISTANCES,
     DEFAULT_K,
     DEFAULT_KEY,
-    DEFAULT_LAMBDA,
     DEFAULT_METRIC,
     DEFAULT_NPROBE,
+    DEVICES,
+    DISTANCES,
+    METRICS,
+)
+from ..probability.continuous_cache import CACHE_METRICS
+from ..scoring.settings import (
+    CACHE_RESETS,
+    DEFAULT_CACHE_LAMBDA,
+    DEFAULT_LAMBDA,
     DEFAULT_TEMPERATURE,
     Settings,
     flag_of,
@@ -63,7 +68,7 @@ class KNNLMConfig(LanguageModelingConfig):
         default=None,
         metadata={"help": f"inverted lists visited per query, >= 1 (default: {DEFAULT_NPROBE})"},
     )
-    knn_distances: Optional[ChoiceEnum(["exact", "index", "exhaustive"])] = field(
+    knn_distances: Optional[ChoiceEnum(list(DISTANCES))] = field(
         default=None,
         metadata={
             "help": "'exact': of the entries that the index finds, from the stored keys; 'index': "
@@ -92,11 +97,11 @@ class KNNLMConfig(LanguageModelingConfig):
             "(default: 1 / sqrt(dimension of the state), half of it for l2)"
         },
     )
-    knn_cache_metric: Optional[ChoiceEnum(list(METRICS))] = field(
+    knn_cache_metric: Optional[ChoiceEnum(list(CACHE_METRICS))] = field(
         default=None,
         metadata={
             "help": "what hidden states of the cache have in common: 'ip', the inner product, or "
-            f"'l2', minus the squared distance (default: {METRICS[0]})"
+            f"'l2', minus the squared distance (default: {CACHE_METRICS[0]})"
         },
     )
     knn_cache_reset: Optional[ChoiceEnum(CACHE_RESETS)] = field(
@@ -114,8 +119,8 @@ class KNNLMConfig(LanguageModelingConfig):
             "fairseq-knnlm-tune chose and stored in the datastore"
         },
     )
-    knn_device: ChoiceEnum(["auto", "cpu", "cuda"]) = field(
-        default="auto",
+    knn_device: ChoiceEnum(list(DEVICES)) = field(
+        default=DEVICES[0],
         metadata={
             "help": "where neighbours are searched; auto: in an index on a GPU when faiss has one "
             "for it, exhaustively where the model is"
@@ -135,7 +140,7 @@ class KNNLMConfig(LanguageModelingConfig):
             "datastore is built (default there: -1, the last)"
         },
     )
-    knn_metric: Optional[ChoiceEnum(["l2", "ip"])] = field(
+    knn_metric: Optional[ChoiceEnum(list(METRICS))] = field(
         default=None,
         metadata={
             "help": "'l2' (squared) or 'ip' (inner product); fixed when the datastore is built "

@@ -19,18 +19,12 @@ from ..encoding.chunks import SEARCH_TOKENS, blocks_before, shard, split_evenly,
 from ..encoding.samples import ChunkCollater
 from ..errors import UserError
 from ..inspection.tokens import Inspector
-from ..scoring.compatibility import (
-    refuse_other_dictionary,
-    refuse_other_model,
-)
+from ..options import DEFAULT_KEY
+from ..scoring.compatibility import refuse_other_dictionary, refuse_other_model
 from ..scoring.scorer import KNNScorer, make_scorer
-from ..scoring.settings import DEFAULT_KEY
 from .commands import end_with_text
 from .compat import allow_plain_data, numpy_compat
-from .config import (
-    KNNLMConfig,
-    check_settings,
-)
+from .config import KNNLMConfig, check_settings
 from .eval_lm_patch import use_scorer
 from .generator import KNNGenerator, KNNModel, ReferenceScorer
 from .opening import refuse_other_decoders, refuse_other_models, settings_and_retriever

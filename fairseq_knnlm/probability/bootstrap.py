@@ -9,6 +9,9 @@ from typing import NamedTuple
 
 import numpy as np
 
+from ..errors import UserError
+from ..fields import is_whole
+
 # Of fewer documents than these, blocks of so many tokens are drawn instead: few documents do not
 # show how much documents differ.
 MIN_DOCUMENTS = 10
@@ -50,8 +53,14 @@ def paired_interval(first, second, document_starts, resamples: int = RESAMPLES) 
 
     Returns:
         Interval: of the change; infinite where the second perplexity alone is.
+
+    Raises:
+        UserError: if shapes differ, there is no target, or a start or *resamples* cannot be.
     """
-    starts, unit = _units(len(first), np.asarray(document_starts, dtype=np.int64))
+    document_starts = np.asarray(document_starts)
+    shapes = tuple(np.shape(first)), tuple(np.shape(second))
+    _refuse_impossible(*shapes, document_starts, resamples)
+    starts, unit = _units(len(first), document_starts.astype(np.int64))
     sizes = np.diff(np.append(starts, len(first)))
     scores = np.stack([np.asarray(first), np.asarray(second)], axis=1).astype(np.float64)
     with np.errstate(over="ignore"):
@@ -61,6 +70,25 @@ def paired_interval(first, second, document_starts, resamples: int = RESAMPLES) 
     tail = int(0.025 * resamples)
     low, high = changes[[tail, -1 - tail]]
     return Interval(float(change), float(low), float(high), len(starts), unit)
+
+
+def _refuse_impossible(first, second, document_starts: np.ndarray, resamples: int) -> None:
+    faults = []
+    if first != second or len(first) != 1 or not first[0]:
+        faults.append(f"first and second must be of one shape (N,), N >= 1, got {first}, {second}")
+    # There may be no start at all: then the text is one document.
+    whole = document_starts.dtype.kind in "iu" or document_starts.shape == (0,)
+    if document_starts.ndim != 1 or not whole:
+        faults.append(
+            f"document_starts must be rows, whole numbers of shape (M,), got "
+            f"{document_starts.dtype} of shape {document_starts.shape}"
+        )
+    elif len(first) == 1 and ((document_starts < 0) | (document_starts >= first[0])).any():
+        faults.append(f"document_starts must be rows in [0, {first[0]})")
+    if not is_whole(resamples, 1):
+        faults.append(f"resamples must be a whole number >= 1, got {resamples!r}")
+    if faults:
+        raise UserError(f"paired_interval: {'; '.join(faults)}")
 
 
 def _units(count: int, document_starts: np.ndarray):

@@ -6,16 +6,16 @@ text: pairs of a hidden state and the token that followed, here of the n positio
 
 import math
 from collections.abc import Sequence
-from numbers import Integral
 from typing import Optional
 
 import numpy as np
 import torch
 
 from ..errors import UserError
+from ..fields import is_whole
 from .log_sums import LogShares
 
-METRICS = ("ip", "l2")
+CACHE_METRICS = ("ip", "l2")
 # Positions are compared with their past by one product of matrices for so many of them, or for
 # fewer, so that the product stays in the processor's cache.
 _MAX_ROWS, _MIN_ROWS = 256, 16
@@ -36,7 +36,8 @@ class ContinuousCache:
     Args:
         sizes (sequence of int): n, positions looked back on, each >= 1.
         thetas (sequence of float): theta >= 0; 0 counts tokens. None: one, 1 / sqrt(D), as
-            attention scales its products; half of it for l2, of whose kernel the product is twice.
+            attention scales its products; half of it for l2, since ||h - h'||^2 has the product
+            twice.
         metric (str): ``ip``, the inner product of Grave et al., or ``l2``, squared as for kNN.
 
     Raises:
@@ -47,12 +48,12 @@ class ContinuousCache:
         self, sizes: Sequence[int], thetas: Optional[Sequence[float]] = None, metric: str = "ip"
     ):
         faults = []
-        if not sizes or not all(isinstance(size, Integral) and size >= 1 for size in sizes):
+        if not sizes or not all(is_whole(size, 1) for size in sizes):
             faults.append(f"sizes must be whole numbers >= 1, got {list(sizes)}")
         if thetas is not None and not (thetas and all(0 <= theta < math.inf for theta in thetas)):
             faults.append(f"thetas must be finite and >= 0, got {list(thetas)}")
-        if metric not in METRICS:
-            faults.append(f"metric must be one of {', '.join(METRICS)}, got {metric!r}")
+        if metric not in CACHE_METRICS:
+            faults.append(f"metric must be one of {', '.join(CACHE_METRICS)}, got {metric!r}")
         if faults:
             raise UserError(f"ContinuousCache: {'; '.join(faults)}")
         self._thetas = None if thetas is None else [max(theta, _LEAST_THETA) for theta in thetas]

@@ -38,7 +38,8 @@ def knn_log_probs(distances, values, targets, temperature: float = 1.0):
     >>> round(p_knn.item(), 4)
     0.5777
     """
-    if distances.shape != values.shape or targets.shape != distances.shape[:1]:
+    one_shape = distances.shape == values.shape and targets.shape == distances.shape[:1]
+    if not one_shape or distances.dim() != 2:
         raise UserError(
             "knn_log_probs: expected distances and values of one shape (N, k) and targets (N,), "
             f"got {tuple(distances.shape)}, {tuple(values.shape)}, {tuple(targets.shape)}"

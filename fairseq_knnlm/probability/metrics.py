@@ -2,6 +2,8 @@
 
 import numpy as np
 
+from ..errors import UserError
+
 
 def perplexity(log_probs) -> float:
     """exp of the mean negative log-likelihood, every token counted once.
@@ -25,6 +27,15 @@ def recall_at_k(ids, exact_ids) -> float:
 
     Returns:
         float: in [0, 1], higher is better.
+
+    Raises:
+        UserError: if shapes differ, or there is nothing to find.
     """
+    shapes = np.shape(ids), np.shape(exact_ids)
+    if shapes[0] != shapes[1] or len(shapes[0]) != 2 or 0 in shapes[0]:
+        raise UserError(
+            "recall_at_k: expected ids and exact_ids of one shape (N, k), N and k >= 1, got "
+            f"{shapes[0]} and {shapes[1]}"
+        )
     hits = sum(len(np.intersect1d(row, exact)) for row, exact in zip(ids, exact_ids))
     return hits / np.size(exact_ids)

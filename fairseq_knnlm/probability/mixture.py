@@ -44,13 +44,14 @@ def mix(
         and exactly the other one where a weight is 1.
 
     Raises:
-        UserError: if lambda or mu cannot be, or has another shape.
+        UserError: if shapes differ, or lambda or mu cannot be or has another shape.
 
     >>> p_lm, p_knn = torch.tensor([0.5, 0.1]), torch.tensor([0.2, 0.9])
     >>> p = mix(p_lm.log(), p_knn.log(), knn_lambda=torch.tensor([0.0, 0.25])).exp()
     >>> [round(each, 4) for each in p.tolist()]
     [0.5, 0.3]
     """
+    _refuse_other_shapes(log_p_lm, log_p_knn=log_p_knn, log_p_cache=log_p_cache)
     knn_lambda = 0.0 if log_p_knn is None else knn_lambda
     cache_lambda = 0.0 if log_p_cache is None else cache_lambda
     if isinstance(knn_lambda, torch.Tensor) or isinstance(cache_lambda, torch.Tensor):
@@ -73,6 +74,20 @@ def mix(
         undefined = _undefined(log_p_cache)
         mixed = all_three if undefined is None else torch.where(undefined, mixed, all_three)
     return mixed
+
+
+def _refuse_other_shapes(log_p_lm: torch.Tensor, **others: Optional[torch.Tensor]) -> None:
+    # (N,) and (N, 1) would become (N, N) without a word.
+    shape = log_p_lm.shape
+    faults = [
+        f"{name} must have the shape of log_p_lm {tuple(shape)}, got {tuple(log_p.shape)}"
+        for name, log_p in others.items()
+        if log_p is not None and log_p.shape != shape
+    ]
+    if log_p_lm.dim() not in (1, 2):
+        faults.insert(0, f"log_p_lm must have shape (N,) or (N, V), got {tuple(shape)}")
+    if faults:
+        raise UserError(f"mix: {'; '.join(faults)}")
 
 
 def _of_rows(weight: Weight, log_p: torch.Tensor) -> torch.Tensor:

@@ -16,7 +16,7 @@ from ..probability.knn import knn_log_probs
 from ..probability.mixture import mix
 from .cache_reader import CacheReader
 from .compatibility import refuse_ensemble
-from .settings import Settings
+from .settings import Settings, refuse_impossible
 
 if TYPE_CHECKING:  # FAISS is loaded where a datastore is opened: training needs none
     from ..search.retriever import Retriever
@@ -40,6 +40,9 @@ def make_scorer(
         eos (int): id of the end of a line, for a cache that is emptied where documents begin.
         softmax_batch (int): most tokens of one softmax; 0: as many as memory allows.
         bos (int): see ``KNNScorer``.
+
+    Raises:
+        UserError: if a setting cannot be.
     """
     cache = None
     if settings.cache_size:
@@ -71,6 +74,9 @@ class KNNScorer:
 
     Attributes:
         impossible (int): targets so far whose probability is 0.
+
+    Raises:
+        UserError: if a setting cannot be.
     """
 
     def __init__(
@@ -82,6 +88,7 @@ class KNNScorer:
         softmax_batch: int = 0,
         bos: Optional[int] = None,
     ):
+        refuse_impossible("KNNScorer", settings)
         self._retriever = retriever
         self._settings = settings
         self._cache = cache

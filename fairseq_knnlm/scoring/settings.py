@@ -1,19 +1,16 @@
 """What the flags mean: the settings of a search and a mixture, their defaults and their ranges."""
 
-import math
-from typing import NamedTuple, Optional, Union
+from typing import Callable, NamedTuple, Optional, Union
 
+from ..arguments import refuse
 from ..errors import UserError
-from ..probability.continuous_cache import METRICS
+from ..fields import Kind, is_number, is_whole, one_of
+from ..options import DEFAULT_DISTANCES, DEFAULT_K, DEFAULT_NPROBE, DISTANCES
+from ..probability.continuous_cache import CACHE_METRICS
 from ..probability.mixture import ROUNDING
 
-DEFAULT_KEY = "ffn-input"
-DEFAULT_METRIC = "l2"
-DEFAULT_K = 1024
 DEFAULT_LAMBDA = 0.25
 DEFAULT_TEMPERATURE = 1.0
-DEFAULT_NPROBE = 32
-DEFAULT_DISTANCES = "exact"
 DEFAULT_CACHE_LAMBDA = 0.1
 AUTO = "auto"
 CACHE_RESETS = ["none", "document"]
@@ -43,7 +40,7 @@ class Settings(NamedTuple):
     cache_size: int = 0
     cache_lambda: float = DEFAULT_CACHE_LAMBDA
     cache_theta: Optional[float] = None
-    cache_metric: str = METRICS[0]
+    cache_metric: str = CACHE_METRICS[0]
     cache_reset: str = CACHE_RESETS[0]
 
 
@@ -53,33 +50,53 @@ def flag_of(field: str) -> str:
     return f"--knn-{name.replace('_', '-')}"
 
 
-def range_faults(given: dict) -> list[str]:
+_AT_LEAST_1 = Kind(">= 1", lambda value: is_whole(value, 1))
+_WEIGHT = Kind("in [0, 1]", lambda value: is_number(value) and 0.0 <= value <= 1.0)
+_KINDS = {
+    "k": _AT_LEAST_1,
+    "knn_lambda": _WEIGHT,
+    "temperature": Kind(
+        f"a finite number > 0, or {AUTO}",
+        lambda value: value > 0.0 if is_number(value) else value == AUTO,
+    ),
+    "nprobe": _AT_LEAST_1,
+    "distances": one_of(DISTANCES),
+    "cache_size": Kind(">= 0", lambda value: is_whole(value, 0)),
+    "cache_lambda": _WEIGHT,
+    "cache_theta": Kind("a finite number >= 0", lambda value: is_number(value) and value >= 0.0),
+    "cache_metric": one_of(CACHE_METRICS),
+    "cache_reset": one_of(CACHE_RESETS),
+}
+
+
+def range_faults(given: dict, name_of: Callable = flag_of) -> list[str]:
     """What is wrong with settings, each by itself.
 
     Args:
         given (dict): some fields of ``Settings``.
+        name_of (callable): the name of a field in the text: by default its flag.
 
     Returns:
-        list of str: for each fault the flag, what it may be and what came.
+        list of str: for each fault the name, what it may be and what came.
     """
-    ranges = {
-        "k": (lambda k: k >= 1, ">= 1"),
-        "knn_lambda": (lambda weight: 0.0 <= weight <= 1.0, "in [0, 1]"),
-        "temperature": (_is_temperature, f"a finite number > 0, or {AUTO}"),
-        "nprobe": (lambda nprobe: nprobe >= 1, ">= 1"),
-        "cache_size": (lambda size: size >= 0, ">= 0"),
-        "cache_lambda": (lambda weight: 0.0 <= weight <= 1.0, "in [0, 1]"),
-        "cache_theta": (lambda theta: 0.0 <= theta < math.inf, "a finite number >= 0"),
-    }
     return [
-        f"{flag_of(name)} must be {expected}, got {given[name]}"
-        for name, (holds, expected) in ranges.items()
-        if given.get(name) is not None and not holds(given[name])
+        f"{name_of(name)} must be {kind.expected}, got {given[name]}"
+        for name, kind in _KINDS.items()
+        if given.get(name) is not None and not kind.holds(given[name])
     ]
 
 
-def _is_temperature(temperature) -> bool:
-    return temperature == AUTO or isinstance(temperature, float) and 0.0 < temperature < math.inf
+def refuse_impossible(owner: str, settings: Settings) -> None:
+    """Refuse settings that somebody made from Python and that cannot be.
+
+    Args:
+        owner (str): the function or class that takes them.
+        settings (Settings): what it was given.
+
+    Raises:
+        UserError: naming every field that is wrong, what it may be and what it is.
+    """
+    refuse(f"{owner}: settings", range_faults(settings._asdict(), name_of=str))
 
 
 def weight_fault(settings: Settings) -> Optional[str]:

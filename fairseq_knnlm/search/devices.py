@@ -42,8 +42,8 @@ def choose_device(device: str, factory: str, k: int, nprobe: int) -> str:
     obstacle = _gpu_obstacle(factory, k, nprobe)
     if device == "cuda" and obstacle:
         raise UserError(
-            f"--knn-device cuda: {obstacle}; use --knn-device cpu, or "
-            "--knn-distances exhaustive, which needs no index"
+            f"device (--knn-device) cuda: {obstacle}; use cpu, or distances (--knn-distances) "
+            "exhaustive, which needs no index"
         )
     if obstacle and torch.cuda.is_available():
         logger.info(f"the index is searched on the CPU: {obstacle}")
@@ -62,9 +62,12 @@ def _gpu_obstacle(factory: str, k: int, nprobe: int) -> Optional[str]:
             f"sub-quantisers, the index is {factory}"
         )
     if k > GPU_MAX_K:
-        return f"FAISS finds at most {GPU_MAX_K} neighbours on a GPU, --knn-k is {k}"
+        return f"FAISS finds at most {GPU_MAX_K} neighbours on a GPU, k (--knn-k) is {k}"
     if nprobe > GPU_MAX_NPROBE:
-        return f"FAISS visits at most {GPU_MAX_NPROBE} lists on a GPU, --knn-nprobe is {nprobe}"
+        return (
+            f"FAISS visits at most {GPU_MAX_NPROBE} lists on a GPU, nprobe (--knn-nprobe) is "
+            f"{nprobe}"
+        )
     return None
 
 

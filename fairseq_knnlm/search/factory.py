@@ -3,8 +3,11 @@
 import math
 import re
 
+from ..arguments import check_arguments
 from ..errors import UserError
-from .faiss_import import METRICS, faiss, faiss_version
+from ..fields import one_of, whole
+from ..options import METRICS
+from .faiss_import import FAISS_METRICS, faiss, faiss_version
 from .ordering import MAX_KEYS
 
 # Below this many keys an exhaustive search costs less than training an index.
@@ -24,7 +27,11 @@ def default_factory(count: int, dimension: int) -> str:
     Args:
         count (int): N.
         dimension (int): D.
+
+    Raises:
+        UserError: if a number cannot be.
     """
+    check_arguments("default_factory", count=(count, whole(0)), dimension=(dimension, whole(1)))
     if count < FLAT_BELOW:
         return "Flat"
     nlist = min(MAX_NLIST, 64 * round(1.7 * math.sqrt(count) / 64))
@@ -41,16 +48,17 @@ def make_index(factory: str, dimension: int, metric: str):
         metric (str): ``l2`` or ``ip``.
 
     Raises:
-        UserError: if FAISS does not know the factory string.
+        UserError: if FAISS does not know the factory string, or there is no such metric.
     """
+    check_arguments("make_index", metric=(metric, one_of(METRICS)))
     # "PQ16" would turn on polysemous training, 30 times slower and not used here
     plain = re.sub(r"(?<![A-Z])(PQ\d+(x\d+)?)(?=$|,)", r"\1np", factory)
     try:
-        return faiss.index_factory(dimension, plain, METRICS[metric])
+        return faiss.index_factory(dimension, plain, FAISS_METRICS[metric])
     except RuntimeError as error:
         reason = str(error).splitlines()[-1]
         raise UserError(
-            f"--knn-index {factory!r} is no FAISS index for {dimension} dimensions "
+            f"{factory!r} (--knn-index) is no FAISS index for {dimension} dimensions "
             f"({reason}); see the FAISS wiki, 'The index factory', e.g. IVF4096,PQ64 or Flat"
         ) from None
 
@@ -81,7 +89,7 @@ def refuse_unbuildable(factory: str, count: int, dimension: int, metric: str) ->
         )
     if count < needed:
         raise UserError(
-            f"--knn-index {factory} needs {needed:,} keys to be trained on, the "
+            f"the index {factory} (--knn-index) needs {needed:,} keys to be trained on, the "
             f"split has {count:,}: use fewer lists, or Flat"
         )
 

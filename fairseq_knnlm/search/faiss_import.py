@@ -20,7 +20,7 @@ except (ImportError, RuntimeError) as error:  # a broken CUDA library raises Run
         "'fairseq_knnlm[gpu]' where there is a GPU, never both"
     ) from error
 
-METRICS = {"l2": faiss.METRIC_L2, "ip": faiss.METRIC_INNER_PRODUCT}
+FAISS_METRICS = {"l2": faiss.METRIC_L2, "ip": faiss.METRIC_INNER_PRODUCT}
 
 
 def faiss_version() -> str:

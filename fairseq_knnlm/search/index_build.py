@@ -6,7 +6,10 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from ..arguments import check_arguments
 from ..errors import UserError
+from ..fields import one_of
+from ..options import METRICS
 from .factory import describe, make_index, training_rows
 from .faiss_import import faiss
 
@@ -102,8 +105,10 @@ def build_index(
         dict: description for the manifest.
 
     Raises:
-        UserError: if FAISS refuses the factory string or the number of keys.
+        UserError: if FAISS refuses the factory string or the number of keys, there is no such
+            metric, or the disk is full.
     """
+    check_arguments("build_index", metric=(metric, one_of(METRICS)))
     os.makedirs(work_path, exist_ok=True)
     begun_path = os.path.join(work_path, "begun.faiss")
     if os.path.exists(begun_path):

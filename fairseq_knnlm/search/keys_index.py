@@ -5,7 +5,7 @@ import struct
 import numpy as np
 
 from ..errors import UserError
-from .faiss_import import METRICS, faiss
+from .faiss_import import FAISS_METRICS, faiss
 
 
 class KeysIndex:
@@ -43,7 +43,9 @@ class KeysIndex:
 
 def _header(count: int, dimension: int, metric: str, size_bytes: int) -> bytes:
     """What stands in front of the vectors of a serialised float16 index."""
-    empty = faiss.IndexScalarQuantizer(dimension, faiss.ScalarQuantizer.QT_fp16, METRICS[metric])
+    empty = faiss.IndexScalarQuantizer(
+        dimension, faiss.ScalarQuantizer.QT_fp16, FAISS_METRICS[metric]
+    )
     empty.is_trained = True
     empty.ntotal = count
     # It ends with the number of bytes that follow, which is 0 for the empty index.

@@ -1,5 +1,6 @@
 """From queries to neighbours: the one way into a datastore, or into several as one."""
 
+import os
 from collections.abc import Iterator, Sequence
 from typing import Optional
 
@@ -7,16 +8,15 @@ import torch
 
 from ..datastore.datastore import Datastore
 from ..errors import UserError
+from ..fields import is_whole
 from ..neighbors import Neighbors
+from ..options import DEFAULT_DISTANCES, DEFAULT_K, DEFAULT_NPROBE, DEVICES, DISTANCES
 from .devices import choose_device
 from .exact_search import ExactSearch
 from .exhaustive_search import ExhaustiveSearch
 from .index_search import IndexSearch
 from .searcher import Batch, Searcher, gather
 from .several import SeveralSearch
-
-DISTANCES = ("exact", "index", "exhaustive")
-DEVICES = ("auto", "cpu", "cuda")
 
 # What datastores that are searched as one must agree in.
 _COMMON = ("dimension", "key", "metric", "dictionary", "model")
@@ -42,10 +42,10 @@ class Retriever:
     def __init__(
         self,
         datastores: Sequence[Datastore],
-        k: int = 1024,
-        nprobe: int = 32,
-        distances: str = "exact",
-        device: str = "auto",
+        k: int = DEFAULT_K,
+        nprobe: int = DEFAULT_NPROBE,
+        distances: str = DEFAULT_DISTANCES,
+        device: str = DEVICES[0],
     ):
         self.datastores = list(datastores)
         _check_arguments(self.datastores, k, nprobe, distances, device)
@@ -54,7 +54,10 @@ class Retriever:
         self.nprobe = nprobe
         self.distances = distances
         if k > len(self):
-            raise UserError(f"--knn-k {k} is more than the {len(self)} entries of {self.name}")
+            raise UserError(
+                f"Retriever: k (--knn-k) must be at most {len(self)}, the entries of {self.name}, "
+                f"got {k}"
+            )
         self._device = device
         self._index_devices = self._choose_devices()
         # The index is loaded, or keys are copied to a GPU, when the first queries come.
@@ -69,8 +72,12 @@ class Retriever:
             settings: arguments of the constructor.
 
         Raises:
-            UserError: if a datastore is not whole, or as the constructor.
+            UserError: if *paths* is no list, a datastore is not whole, or as the constructor.
         """
+        if isinstance(paths, (str, os.PathLike)):
+            raise UserError(
+                f"Retriever.open: paths must be a list of directories, got {os.fspath(paths)!r}"
+            )
         return cls([Datastore.open(path) for path in paths], **settings)
 
     def __len__(self) -> int:
@@ -134,9 +141,9 @@ class Retriever:
             UserError: as ``search``.
         """
         k = self.k if k is None else k
-        if not 1 <= k <= self.k:
+        if not is_whole(k, 1, self.k):
             raise UserError(
-                f"Retriever: k must be in [1, {self.k}], got {k}; make the retriever with the "
+                f"Retriever: k must be in [1, {self.k}], got {k!r}; make the retriever with the "
                 "largest k that is wanted"
             )
         dimension = self.datastores[0].dimension
@@ -157,7 +164,7 @@ class Retriever:
             factories = [datastore.manifest["index"]["factory"] for datastore in self.datastores]
             return [choose_device(self._device, each, self.k, self.nprobe) for each in factories]
         if self._device == "cuda" and not torch.cuda.is_available():
-            raise UserError("--knn-device cuda: torch sees no GPU; use --knn-device cpu")
+            raise UserError("Retriever: device (--knn-device) cuda: torch sees no GPU; use cpu")
         return ["none"] * len(self.datastores)
 
     def _load(self, queries_device: torch.device) -> Searcher:

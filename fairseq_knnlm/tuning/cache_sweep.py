@@ -10,8 +10,9 @@ from typing import Optional
 
 import torch
 
-from ..errors import UserError
-from ..probability.continuous_cache import METRICS, ContinuousCache
+from ..arguments import TRUE_OR_FALSE, refuse
+from ..fields import faults, one_of
+from ..probability.continuous_cache import CACHE_METRICS, ContinuousCache
 from ..probability.metrics import perplexity
 from ..probability.mixture import mix
 from ..probability.weights import best_weights
@@ -53,18 +54,11 @@ class CacheSweep:
         keep_apart: bool,
         log_p_knn: Optional[torch.Tensor] = None,
     ):
-        faults = []
-        if metric not in METRICS:
-            faults.append(f"metric must be one of {', '.join(METRICS)}, got {metric!r}")
-        needed = ["targets", "queries", *(["document_starts"] if keep_apart else [])]
-        missing = [name for name in needed if getattr(data, name) is None]
-        if missing:
-            faults.append(f"data must have {', '.join(needed)}, but lacks {', '.join(missing)}")
+        found = _faults(data, metric, keep_apart)
         if log_p_knn is not None and log_p_knn.shape != data.log_p_lm.shape:
             shapes = tuple(data.log_p_lm.shape), tuple(log_p_knn.shape)
-            faults.append(f"log_p_knn must have the shape of log_p_lm {shapes[0]}, got {shapes[1]}")
-        if faults:
-            raise UserError(f"CacheSweep: {'; '.join(faults)}")
+            found.append(f"log_p_knn must have the shape of log_p_lm {shapes[0]}, got {shapes[1]}")
+        refuse("CacheSweep", found)
         self._data, self._metric, self._keep_apart = data, metric, keep_apart
         self._log_p_knn = log_p_knn
         self.alone: list[CacheGridPoint] = []
@@ -146,11 +140,23 @@ def log_p_cache(
         Tensor: shape (len(thetas), len(sizes), N), see ``ContinuousCache.log_probs``.
 
     Raises:
-        UserError: if a size, a theta or the metric cannot be.
+        UserError: if an argument cannot be, or *data* lacks something.
     """
+    refuse("log_p_cache", _faults(data, metric, keep_apart))
     resets = data.document_starts if keep_apart else ()
     cache = ContinuousCache(sizes, thetas, metric)
     return cache.log_probs(data.queries, data.targets, resets)
+
+
+def _faults(data: TuningData, metric: str, keep_apart: bool) -> list:
+    """What is wrong with the arguments of a cache over a whole text."""
+    kinds = ("metric", metric, one_of(CACHE_METRICS)), ("keep_apart", keep_apart, TRUE_OR_FALSE)
+    found = [fault for name, value, kind in kinds for fault in faults(value, kind, name)]
+    needed = ["targets", "queries", *(["document_starts"] if keep_apart is True else [])]
+    missing = [name for name in needed if getattr(data, name) is None]
+    if missing:
+        found.append(f"data must have {', '.join(needed)}, but lacks {', '.join(missing)}")
+    return found
 
 
 def _typeable_theta(theta: float) -> float:

@@ -10,11 +10,12 @@ from typing import NamedTuple, Optional
 import torch
 
 from ..datastore.tuned import save_tuned
+from ..errors import UserError
 from ..files import without_infinities
 from ..probability.bootstrap import BLOCK_TOKENS, MIN_DOCUMENTS, Interval, paired_interval
 from ..probability.metrics import perplexity
 from ..probability.mixture import mix
-from ..scoring.settings import Settings, flag_of
+from ..scoring.settings import Settings, flag_of, refuse_impossible
 from ..version import __version__
 from .cache_sweep import CacheSweep, log_p_cache
 from .grid import CacheGridPoint, KNNGridPoint, best
@@ -85,6 +86,7 @@ class Chosen(NamedTuple):
         return mix(data.log_p_lm, scores, cached, point.knn_lambda, point.cache_lambda)
 
     def _cache_settings(self):
+        refuse_impossible("Chosen", self.given)
         return self.given.cache_metric, self.given.cache_reset == "document"
 
     def tune_cache(self, data: TuningData, sizes, thetas) -> "Chosen":
@@ -94,6 +96,10 @@ class Chosen(NamedTuple):
             data (TuningData): of the text that is tuned on, with queries.
             sizes (sequence of int): see ``CacheSweep.run``.
             thetas (sequence of float): see ``CacheSweep.run``.
+
+        Raises:
+            UserError: if a setting of the cache, a size or a theta cannot be, or *data* lacks
+                queries.
         """
         started = time.monotonic()
         scores = None
@@ -123,7 +129,12 @@ def measure(split: str, data: TuningData, chosen: Chosen) -> dict:
 
     Returns:
         dict: perplexities and changes by name, for JSON.
+
+    Raises:
+        UserError: if *data* does not say where documents begin, or lacks what a method needs.
     """
+    if data.document_starts is None:
+        raise UserError("measure: data must have document_starts, but lacks them")
     log_probs = chosen.log_probs(data)
     base = log_probs.pop("base")
     result = {"split": split, "tokens": len(base), "base_perplexity": perplexity(base)}

@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from typing import NamedTuple, TypeVar
 
+from ..errors import UserError
+
 
 class KNNGridPoint(NamedTuple):
     """Hyper-parameters of neighbours and the perplexity that they gave.
@@ -40,5 +42,11 @@ Point = TypeVar("Point", KNNGridPoint, CacheGridPoint)
 
 
 def best(points: Sequence[Point]) -> Point:
-    """The point with the lowest perplexity; of equal ones that with the smallest k or cache."""
+    """The point with the lowest perplexity; of equal ones that with the smallest k or cache.
+
+    Raises:
+        UserError: if there is none.
+    """
+    if not points:
+        raise UserError("best: there is no point to choose from; run a sweep before")
     return min(points, key=lambda point: (point.perplexity, point[0]))

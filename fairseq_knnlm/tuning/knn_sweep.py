@@ -241,7 +241,13 @@ def _extend(points: list[KNNGridPoint], add, temperatures: Sequence[float], end)
 
 
 def best_of_each_k(points: Sequence[KNNGridPoint]) -> list[KNNGridPoint]:
-    """The best point of every k, the smallest k first."""
+    """The best point of every k, the smallest k first.
+
+    Raises:
+        UserError: if there is no point.
+    """
+    if not points:
+        raise UserError("best_of_each_k: there is no point to choose from; run a sweep before")
     ks = sorted({point.k for point in points})
     return [best([point for point in points if point.k == k]) for k in ks]
 

@@ -93,7 +93,7 @@ def test_dump_and_finish_are_its_two_halves(lm, datastores, tmp_path):
 def test_what_cannot_be_is_refused_before_any_work(lm, tmp_path):
     with pytest.raises(UserError, match="metric must be one of l2, ip, got 'cosine'"):
         settings_of(lm, metric="cosine")
-    with pytest.raises(UserError, match="--knn-key-layer 7 does not exist"):
+    with pytest.raises(UserError, match="must be .* from -2 to 1, .* got 7"):
         key_of(lm.models[0], layer=7)
     blocks, path = blocks_of(lm), tmp_path / "datastore"
     for factory, fault in (("IVF99999,Flat", "needs 99,999 keys"), ("PQ", "is no FAISS index")):

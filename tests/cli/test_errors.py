@@ -35,7 +35,7 @@ def refused(message, *parts):
         (["--knn-k", 10**6], ["--knn-k 1000000", "entries"]),
         (["--knn-key", "attn-input"], ["--knn-key attn-input", "ffn-input"]),
         (["--knn-metric", "ip"], ["--knn-metric ip", "built with l2"]),
-        (["--knn-device", "cuda"], ["--knn-device cuda", "GPU"]),
+        (["--knn-device", "cuda"], ["(--knn-device) cuda", "GPU"]),
     ],
     ids=str,
 )
@@ -193,7 +193,7 @@ def test_bad_arguments_of_build_make_no_directory(data, checkpoints, tmp_path):
         (["--path", tmp_path / "no.pt"], "no such checkpoint"),
         (["--knn-index", "IVF4,Nonsense"], "--knn-index"),
         (["--knn-index", "IVF65536,Flat"], "needs 65,536 keys"),
-        (["--knn-key-layer", 7], "--knn-key-layer 7"),
+        (["--knn-key-layer", 7], "(--knn-key-layer) must be"),
         (["--max-tokens", 16], "--max-tokens"),
         (["--num-shards", 2, "--shard-id", 2], "--shard-id"),
     ]

@@ -144,7 +144,7 @@ def test_an_extractor_changes_no_output():
 
 @pytest.mark.parametrize("layer", [LAYERS, -LAYERS - 1])
 def test_a_layer_that_is_not_there_is_refused(layer):
-    with pytest.raises(UserError, match=f"--knn-key-layer {layer} .* 3 layers, -3 to 2"):
+    with pytest.raises(UserError, match=f"from -3 to 2, .* 3 layers, got {layer}"):
         resolve_layer(make_model(True).decoder, layer)
 
 
