@@ -3,5 +3,8 @@
 Importing this package, which is what ``--user-dir`` does, registers the task ``knnlm_lm``.
 """
 
-from .plugin import task as _registers_knnlm_lm  # noqa: F401
+from .plugin.compat import root_logger_kept
 from .version import __version__  # noqa: F401
+
+with root_logger_kept():
+    from .plugin import task as _registers_knnlm_lm  # noqa: F401

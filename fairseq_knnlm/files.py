@@ -166,7 +166,9 @@ def refuse_unwritable(flag: str, path: str) -> None:
     Raises:
         UserError: naming the flag.
     """
-    if not path or os.path.isdir(path) or not _is_writable_directory(os.path.dirname(path) or "."):
+    # A device or a pipe would be replaced by the file.
+    is_other = os.path.exists(path) and not os.path.isfile(path)
+    if not path or is_other or not _is_writable_directory(os.path.dirname(path) or "."):
         raise UserError(
             f"{flag} {path} cannot be written: it must name a file in a directory that is there "
             "and writable"

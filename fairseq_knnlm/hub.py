@@ -11,7 +11,7 @@ from omegaconf.errors import OmegaConfBaseException
 from .datastore.fingerprint import weights_fingerprint
 from .errors import UserError
 from .plugin.config import KNNLMConfig, check_settings
-from .scoring.compatibility import refuse_other_model
+from .scoring.compatibility import refuse_broken_weights, refuse_other_model
 
 __all__ = ["from_pretrained"]
 
@@ -72,8 +72,9 @@ def from_pretrained(
     with open_dict(cfg):
         cfg.task = {**cfg.task, **knn, "_name": "knnlm_lm"}
     task = tasks.setup_task(cfg.task, from_checkpoint=True)
-    if task.retriever is not None:
-        for model in models:
+    for model in models:
+        refuse_broken_weights(model)
+        if task.retriever is not None:
             refuse_other_model(task.retriever, model, weights_fingerprint(model))
     return hub_utils.GeneratorHubInterface(cfg, task, models)
 
@@ -89,8 +90,7 @@ def _check_settings(knn: dict) -> None:
         raise UserError(
             f"no setting of the hub interface: {', '.join(unknown)}; there are {', '.join(_KNOWN)}"
         )
-    # By default its path is that of fairseq's --path, which only commands have.
-    config, faults = OmegaConf.structured(KNNLMConfig(path=None)), []
+    config, faults = OmegaConf.structured(KNNLMConfig), []
     for name, value in knn.items():
         try:
             config[name] = value

@@ -34,9 +34,9 @@ class Evaluation:
         self.cfg = convert_namespace_to_omegaconf(
             options.parse_args_and_arch(parser, input_args=words)
         )
-        self.task, self.model = load_task_and_model(self.cfg)
+        self.task, self.model, _ = load_task_and_model(self.cfg)
         self.device = next(self.model.parameters()).device
-        self._dataset = load_split(self.task, self.cfg, split)
+        self._dataset = load_split(self.task, split)
 
     def samples(self, retriever=None):
         """The samples that are scored, with the retriever that the task has now."""

@@ -38,8 +38,8 @@ def run(cfg, args):
     refuse_unwritable("--output", args.output)
     if args.tuned:
         use_tuned(cfg.task, args.tuned, args.method)
-    task, model = load_task_and_model(cfg)
-    dataset = load_split(task, cfg, cfg.dataset.gen_subset)
+    task, model, _ = load_task_and_model(cfg)
+    dataset = load_split(task, cfg.dataset.gen_subset)
     samples = evaluation_samples(cfg, task, model, dataset)
     scorer = task.make_scorer(cfg.eval_lm.softmax_batch)
     device = next(model.parameters()).device

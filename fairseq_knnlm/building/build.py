@@ -56,12 +56,19 @@ def key_of(model, key: str = DEFAULT_KEY, layer: int = -1) -> dict:
 
 
 def manifest_settings(
-    model, dictionary, key: dict, metric: str, data: dict, context: dict, versions: dict
+    model,
+    dictionary,
+    key: dict,
+    metric: str,
+    data: dict,
+    context: dict,
+    versions: dict,
+    model_sha256: Optional[str] = None,
 ) -> dict:
     """Everything that decides what is written, for the manifest.
 
     Args:
-        model: a fairseq decoder-only language model, as loaded.
+        model: a fairseq decoder-only language model.
         dictionary: fairseq's, of the text.
         key (dict): from ``key_of``.
         metric (str): ``l2`` or ``ip``.
@@ -69,6 +76,8 @@ def manifest_settings(
         context (dict): how the text is cut into blocks and fed: ``tokens_per_sample``,
             ``context_window``, ``sample_break_mode`` and what else decides the numbers.
         versions (dict): of what is known only to the caller, fairseq's say.
+        model_sha256 (str): of the weights as they were loaded, see
+            ``datastore.weights_fingerprint``; None: those of *model*, which is as it was loaded.
 
     Returns:
         dict: JSON.
@@ -81,7 +90,7 @@ def manifest_settings(
         "key": key,
         "metric": metric,
         "model": {
-            "sha256": weights_fingerprint(model),
+            "sha256": model_sha256 or weights_fingerprint(model),
             "parameters": sum(parameter.numel() for parameter in model.parameters()),
         },
         "dictionary": {"sha256": dictionary_fingerprint(dictionary), "types": len(dictionary)},

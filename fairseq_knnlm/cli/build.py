@@ -20,6 +20,7 @@ from ..encoding.key_extractor import extractor_of
 from ..encoding.samples import to_device
 from ..errors import UserError
 from ..options import DEFAULT_METRIC
+from ..plugin.stock_flags import shard_faults
 from ..search.factory import default_factory, refuse_unbuildable
 from .command_line import (
     context_settings,
@@ -85,14 +86,14 @@ def run(cfg, args):
         )
     if not args.overwrite:
         refuse_finished(directory)
-    task, model = load_task_and_model(cfg)
+    task, model, model_sha256 = load_task_and_model(cfg)
     blocks = _load_blocks(cfg, task, model)
     build_datastore(
         directory,
         model,
         blocks,
         lambda chunks: _samples_with_progress(cfg, task, blocks, chunks),
-        _manifest_settings(cfg, task, model),
+        _manifest_settings(cfg, task, model, model_sha256),
         cfg.task.knn_index,
         num_shards,
         shard_id,
@@ -100,7 +101,7 @@ def run(cfg, args):
     )
 
 
-def _manifest_settings(cfg, task, model) -> dict:
+def _manifest_settings(cfg, task, model, model_sha256: str) -> dict:
     split = cfg.dataset.gen_subset
     files = [_data_path(cfg, f"{split}.{kind}") for kind in ("idx", "bin")]
     context = {
@@ -116,6 +117,7 @@ def _manifest_settings(cfg, task, model) -> dict:
         data={"split": split, "sha256": file_fingerprint(*files)},
         context=context,
         versions={"fairseq": fairseq.__version__},
+        model_sha256=model_sha256,
     )
 
 
@@ -173,7 +175,7 @@ def _check_sizes(args) -> None:
 
 def _tried(cfg):
     """Sizes of the datastore of text and checkpoint, and the first two chunks of its dump."""
-    task, model = load_task_and_model(cfg)
+    task, model, _ = load_task_and_model(cfg)
     blocks = _load_blocks(cfg, task, model)
     with extractor_of(model, task.key) as extractor:
         chunks = plan_chunks(blocks.sizes, JOURNAL_TOKENS)[:2]
@@ -206,14 +208,11 @@ def _output_directory(cfg) -> str:
 
 def _shard_of(cfg):
     """Number of builders and which this is, of ``--num-shards`` or of fairseq's launcher."""
+    faults = "; ".join(shard_faults(cfg))
+    if faults:
+        raise UserError(faults)
     num_shards = max(cfg.dataset.num_shards, cfg.distributed_training.distributed_world_size)
-    shard_id = max(cfg.dataset.shard_id, cfg.distributed_training.distributed_rank or 0)
-    if not 0 <= shard_id < num_shards:
-        raise UserError(
-            f"--shard-id must be in [0, {num_shards}), got {shard_id}: it counts "
-            "from 0 to --num-shards - 1"
-        )
-    return num_shards, shard_id
+    return num_shards, max(cfg.dataset.shard_id, cfg.distributed_training.distributed_rank or 0)
 
 
 def _load_blocks(cfg, task, model):
@@ -228,7 +227,7 @@ def _load_blocks(cfg, task, model):
             "fairseq-train reads train, train1, ... as one; this datastore is of train alone: "
             "build others with --gen-subset train1, ... and name them all in --knn-datastore"
         )
-    blocks = task.blocks(load_split(task, cfg, split), cfg.eval_lm.context_window)
+    blocks = task.blocks(load_split(task, split), cfg.eval_lm.context_window)
     refuse_oversized(blocks, max_positions(model), max_tokens(cfg))
     return blocks
 

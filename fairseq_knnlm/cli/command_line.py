@@ -77,6 +77,40 @@ def run_command(parser, main: Callable, argv: Optional[list[str]] = None) -> Non
         distributed_utils.call_main(convert_namespace_to_omegaconf(args), main, args=args)
 
 
+class Outputs:
+    """The files that a command writes when its work is done.
+
+    What cannot be written is kept until the results have been printed and all other files are
+    there: hours of work are not lost for want of a file.
+    """
+
+    def __init__(self):
+        self._faults: list[str] = []
+
+    @contextlib.contextmanager
+    def writing(self, what: str):
+        """Go on after what is written here cannot be.
+
+        Args:
+            what (str): flag and file, for the message.
+        """
+        try:
+            yield
+        except OSError as error:
+            self._faults.append(f"cannot write {what}: {error}")
+        except UserError as error:
+            self._faults.append(str(error))
+
+    def refuse_unwritten(self) -> None:
+        """The last thing that a command does.
+
+        Raises:
+            UserError: naming all that could not be written.
+        """
+        if self._faults:
+            raise UserError("; ".join(self._faults))
+
+
 def require_datastore(cfg) -> list[str]:
     """The directories that ``--knn-datastore`` names.
 

@@ -8,14 +8,20 @@ from typing import Optional
 
 from fairseq.tokenizer import tokenize_line
 
-from ..encoding.encode import encode
+from ..encoding.encode import encode, refuse_not_finite
 from ..encoding.key_extractor import extractor_of
 from ..encoding.samples import only_rows, to_device
 from ..errors import UserError
 from ..files import refuse_unwritable, write_atomically, write_json
 from ..inspection import as_html, as_text
 from ..inspection.tokens import Inspector, Passage, Token
-from .command_line import make_eval_parser, require_datastore, run_command, with_progress
+from .command_line import (
+    Outputs,
+    make_eval_parser,
+    require_datastore,
+    run_command,
+    with_progress,
+)
 from .loading import evaluation_samples, load_split, load_task_and_model
 from .passage import BlockRange, loaded_text, read_lines
 
@@ -69,22 +75,25 @@ def main(argv=None):
 
 
 def run(cfg, args):
-    """Look at a passage; write and print what is known of it.
+    """Look at a passage; print and write what is known of it.
 
     Args:
         cfg: fairseq's configuration.
         args: the parsed flags.
+
+    Raises:
+        UserError: before any work, for what cannot be; or at the end, for what cannot be written.
     """
     span = _check(cfg, args)
     lines = read_lines(args.passage) if args.passage else None
-    task, model = load_task_and_model(cfg)
+    task, model, _ = load_task_and_model(cfg)
     if task.settings.cache_size:
         raise UserError(
             "fairseq-knnlm-inspect shows neighbours, no continuous cache: give k, "
             "lambda and temperature as flags, without --knn-cache-size and --knn-tuned"
         )
     if lines is None:
-        dataset = load_split(task, cfg, cfg.dataset.gen_subset)
+        dataset = load_split(task, cfg.dataset.gen_subset)
         _refuse_beyond(span, int(dataset.sizes.sum()), cfg.dataset.gen_subset)
         source = f"{cfg.dataset.gen_subset} {args.positions}"
         tokens = _look(cfg, args, task, model, dataset, span)
@@ -93,11 +102,16 @@ def run(cfg, args):
         with loaded_text(task, lines, source, _word_splitter(cfg, task)) as (dataset, words):
             tokens = _look(cfg, args, task, model, dataset, (0, len(words)), words)
     passage = Passage(source, _described(cfg, task), tokens, len(task.retriever.datastores))
+    outputs = Outputs()
+    with outputs.writing("to standard output"):
+        _print(as_text.render(passage, _wants_color(sys.stdout, os.environ)))
     if args.html:
-        write_atomically(args.html, as_html.render(passage).encode())
+        with outputs.writing(f"--html {args.html}"):
+            write_atomically(args.html, as_html.render(passage).encode())
     if args.json:
-        write_json(args.json, passage.to_dict())
-    _print(as_text.render(passage, _wants_color(sys.stdout, os.environ)))
+        with outputs.writing(f"--json {args.json}"):
+            write_json(args.json, passage.to_dict())
+    outputs.refuse_unwritten()
 
 
 # -- what was asked for ------------------------------------------------------------------------
@@ -180,6 +194,7 @@ def _look(cfg, args, task, model, dataset, span, words: Optional[list] = None) -
     with extractor_of(model, retriever.key) as extractor:
         for first, sample in _samples(cfg, task, model, dataset, *span):
             encoded = encode(model, sample, extractor, softmax_batch=cfg.eval_lm.softmax_batch)
+            refuse_not_finite(encoded)
             neighbors = retriever.search(encoded.keys)
             written = words[first : first + sample["ntokens"]] if words else None
             tokens += inspector.tokens(
@@ -227,6 +242,8 @@ def _print(lines) -> None:
         for line in lines:
             print(line)
         sys.stdout.flush()
-    except BrokenPipeError:
-        # A pager that was left. Python would complain again when it closes standard output.
+    except OSError as error:
+        # Python would complain again when it closes standard output.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if not isinstance(error, BrokenPipeError):  # that is a pager that was left
+            raise

@@ -1,22 +1,34 @@
 """What the commands share: model, data and samples, loaded as ``fairseq-eval-lm`` loads them."""
 
-import ast
-import os
-import pickle
+from typing import NamedTuple
 
 import torch
 from fairseq import checkpoint_utils, tasks, utils
+from fairseq.models import FairseqLanguageModel
 
+from ..datastore.fingerprint import weights_fingerprint
 from ..errors import UserError
-from ..plugin.config import check_settings
+from ..plugin.stock_flags import model_overrides
+from ..plugin.task import KNNLMTask
 from .command_line import max_tokens
 
 
-def load_task_and_model(cfg):
-    """Task and model as ``fairseq-eval-lm`` sets them up.
+class Loaded(NamedTuple):
+    """What a command works with.
 
-    Returns:
-        tuple: the task and the model, in evaluation mode, on the device that the flags ask for.
+    task (KNNLMTask): set up by the flags.
+    model: in evaluation mode, on the device that the flags ask for.
+    model_sha256 (str): of its weights as they were in the checkpoint, see
+        ``datastore.weights_fingerprint``; in half precision they are others.
+    """
+
+    task: KNNLMTask
+    model: FairseqLanguageModel
+    model_sha256: str
+
+
+def load_task_and_model(cfg) -> Loaded:
+    """Task and model as ``fairseq-eval-lm`` sets them up.
 
     Raises:
         UserError: if ``--path`` names no checkpoint, or several, or another flag of the model or
@@ -25,28 +37,20 @@ def load_task_and_model(cfg):
     path = cfg.common_eval.path
     if not path:
         raise UserError("--path is missing: which checkpoint?")
-    check_settings(cfg.task)
-    overrides = _model_overrides(cfg.common_eval.model_overrides)
-    if not os.path.exists(path):
-        raise UserError(f"--path {path}: no such checkpoint")
-    if not os.path.exists(os.path.join(cfg.task.data, "dict.txt")):
-        raise UserError(
-            f"{cfg.task.data} is no directory made by fairseq-preprocess: it has no dict.txt"
-        )
-    cfg.task.tokens_per_sample -= cfg.eval_lm.context_window
+    cfg.task.tokens_per_sample -= max(0, cfg.eval_lm.context_window)
     task = tasks.setup_task(cfg.task)
-    try:
-        (model,), _, task = checkpoint_utils.load_model_ensemble_and_task(
-            [path],
-            arg_overrides=overrides,
-            suffix=cfg.checkpoint.checkpoint_suffix,
-            strict=cfg.checkpoint.checkpoint_shard_count == 1,
-            num_shards=cfg.checkpoint.checkpoint_shard_count,
-            task=task,
-        )
-    except (pickle.UnpicklingError, EOFError) as error:
-        reason = str(error).split("\n")[0]
-        raise UserError(f"--path {path} is no checkpoint: {reason}") from error
+    (model,), _, task = checkpoint_utils.load_model_ensemble_and_task(
+        [path],
+        arg_overrides=model_overrides(cfg.common_eval.model_overrides),
+        suffix=cfg.checkpoint.checkpoint_suffix,
+        strict=cfg.checkpoint.checkpoint_shard_count == 1,
+        num_shards=cfg.checkpoint.checkpoint_shard_count,
+        task=task,
+    )
+    if task.retriever is None:
+        sha256 = weights_fingerprint(model)
+    else:  # the task has refused others
+        sha256 = task.retriever.manifest["model"]["sha256"]
     if cfg.common.fp16:
         model.half()
     if torch.cuda.is_available() and not cfg.common.cpu:
@@ -54,21 +58,7 @@ def load_task_and_model(cfg):
         model.cuda()
     model.prepare_for_inference_(cfg)
     model.eval()  # returns None after prepare_for_inference_
-    return task, model
-
-
-def _model_overrides(text: str) -> dict:
-    """``--model-overrides`` as a dictionary; fairseq-eval-lm evaluates it as Python code."""
-    try:
-        overrides = ast.literal_eval(text)
-    except (ValueError, SyntaxError, MemoryError, RecursionError):
-        overrides = None
-    if not isinstance(overrides, dict):
-        raise UserError(
-            "--model-overrides must be a Python dictionary of names and plain values, such as "
-            f"\"{{'attention_dropout': 0.0}}\", got {text!r}"
-        )
-    return overrides
+    return Loaded(task, model, sha256)
 
 
 def max_positions(model) -> int:
@@ -76,12 +66,11 @@ def max_positions(model) -> int:
     return utils.resolve_max_positions(model.max_positions())
 
 
-def load_split(task, cfg, split: str):
+def load_split(task, split: str):
     """Load a split of the data.
 
     Args:
         task: a ``KNNLMTask``.
-        cfg: fairseq's configuration, for the name of the data.
         split (str): its name, such as ``valid``.
 
     Returns:
@@ -90,13 +79,7 @@ def load_split(task, cfg, split: str):
     Raises:
         UserError: if there is none of that name.
     """
-    try:
-        task.load_dataset(split)
-    except FileNotFoundError:
-        raise UserError(
-            f"{cfg.task.data} has no split {split!r}: see --gen-subset and, of "
-            "fairseq-knnlm-tune, --report-subset"
-        ) from None
+    task.load_dataset(split)
     return task.dataset(split)
 
 

@@ -8,14 +8,14 @@ from typing import Optional
 import numpy as np
 import torch
 
-from ..datastore.fingerprint import file_fingerprint, weights_fingerprint
+from ..datastore.fingerprint import file_fingerprint
 from ..encoding.key_extractor import extractor_of
 from ..errors import UserError
 from ..files import refuse_unwritable
 from ..tuning.collect import collect
 from ..tuning.tuning_data import TuningData, load, refuse_other, save
-from .command_line import context_settings, with_progress
-from .loading import evaluation_samples, load_split
+from .command_line import Outputs, context_settings, with_progress
+from .loading import Loaded, evaluation_samples, load_split
 
 logger = logging.getLogger("fairseq_knnlm.retrieval")
 
@@ -25,8 +25,7 @@ class SplitData:
 
     Args:
         cfg: the command's configuration.
-        task (KNNLMTask): from ``load_task_and_model``.
-        model: from ``load_task_and_model``.
+        loaded (Loaded): task and model, from ``load_task_and_model``.
         split (str): of the data.
         path (str): file of neighbours; read if it is there, else written. None: neither.
         keep_queries (bool): whether the hidden states are kept, for a continuous cache.
@@ -40,12 +39,18 @@ class SplitData:
     """
 
     def __init__(
-        self, cfg, task, model, split: str, path: Optional[str] = None, keep_queries: bool = False
+        self,
+        cfg,
+        loaded: Loaded,
+        split: str,
+        path: Optional[str] = None,
+        keep_queries: bool = False,
     ):
         self.split = split
         self._keep_queries = keep_queries
-        self._cfg, self._task, self._model, self._path = cfg, task, model, path
-        self._dataset = load_split(task, cfg, split)
+        self._cfg, self._path = cfg, path
+        self._task, self._model, self._model_sha256 = loaded
+        self._dataset = load_split(self._task, split)
         self._refuse_unknown_words()
         self.settings = self._settings()
         self._is_kept = path is not None and os.path.exists(path)
@@ -54,7 +59,7 @@ class SplitData:
         else:
             if path is not None:
                 refuse_unwritable("--knn-neighbors", path)
-            self._samples = evaluation_samples(cfg, task, model, self._dataset)
+            self._samples = evaluation_samples(cfg, self._task, self._model, self._dataset)
 
     def _refuse_unknown_words(self) -> None:
         dictionary = self._task.target_dictionary
@@ -75,7 +80,7 @@ class SplitData:
         folder = self._cfg.task.data.split(os.pathsep)[0]
         files = [os.path.join(folder, f"{self.split}.{kind}") for kind in ("idx", "bin")]
         settings = {
-            "model": self._model_fingerprint(),
+            "model": self._model_sha256,
             "datastores": [datastore.manifest["checksum"] for datastore in datastores],
             "data": {"split": self.split, "sha256": file_fingerprint(*files)},
             "context": context_settings(self._cfg),
@@ -88,20 +93,20 @@ class SplitData:
             settings["queries"] = [extractor.key, extractor.layer]
         return settings
 
-    def _model_fingerprint(self) -> str:
-        if self._task.retriever is None:
-            return weights_fingerprint(self._model)
-        return self._task.retriever.manifest["model"]["sha256"]
+    def obtain(self, outputs: Outputs) -> TuningData:
+        """Collect it, and keep it if a file was named, or read it.
 
-    def obtain(self) -> TuningData:
-        """Collect it, and keep it if a file was named, or read it."""
+        Args:
+            outputs (Outputs): of the command; it goes on if the file cannot be written.
+        """
         if self._is_kept:
             logger.info(f"{self.split}: neighbours read from {self._path}")
-            return load(self._path, self.settings["k"])
+            return load(self._path, self.settings["k"], len(self._task.target_dictionary))
         data = self._collect()
         if self._path is not None:
-            save(self._path, data, self.settings)
-            logger.info(f"{self.split}: neighbours written to {self._path}")
+            with outputs.writing(f"--knn-neighbors {self._path}"):
+                save(self._path, data, self.settings)
+                logger.info(f"{self.split}: neighbours written to {self._path}")
         return data
 
     def _collect(self) -> TuningData:

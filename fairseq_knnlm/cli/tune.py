@@ -14,8 +14,8 @@ from ..tuning.choice import Chosen, command, measure, store
 from ..tuning.grid import KNNGridPoint, best
 from ..tuning.knn_sweep import best_of_each_k, sweep, temperature_at_an_end
 from ..tuning.tuning_data import TuningData, beside
-from .command_line import run_command, with_progress
-from .loading import load_task_and_model
+from .command_line import Outputs, run_command, with_progress
+from .loading import Loaded, load_task_and_model
 from .split_data import SplitData
 from .tune_flags import cache_grid, knn_grid, make_parser, refuse_flags, refuse_same_text
 
@@ -37,13 +37,17 @@ def run(cfg, args, typed) -> None:
         typed (list of str): the command line.
 
     Raises:
-        UserError: if the flags ask for something that cannot be, before any work.
+        UserError: if the flags ask for something that cannot be, before any work; or at the end,
+            for what could not be written.
     """
     refuse_flags(cfg, args)
     knn, cache = knn_grid(cfg, args), cache_grid(cfg, args)
-    task, model = load_task_and_model(cfg)
-    tuned_on, reported_on = _splits(cfg, args, task, model)
-    data = tuned_on.obtain()
+    loaded = load_task_and_model(cfg)
+    task = loaded.task
+    task.warn_of_no_neighbors()
+    tuned_on, reported_on = _splits(cfg, args, loaded)
+    outputs = Outputs()
+    data = tuned_on.obtain(outputs)
     points = _tune(cfg, tuned_on.split, data, knn) if task.retriever else []
     chosen = Chosen(task.settings, best(points) if points else None)
     if cache:
@@ -58,33 +62,42 @@ def run(cfg, args, typed) -> None:
         summary["reported_on"] = summary["tuned_on"]
     elif reported_on is not None:
         del data  # two splits need not fit in memory
-        data = reported_on.obtain()
+        data = reported_on.obtain(outputs)
         summary["reported_on"] = measure(reported_on.split, data, chosen)
     summary["command"] = command(typed, (reported_on or tuned_on).split, chosen)
-    if args.knn_output:
-        write_json(args.knn_output, {**summary, "grid": [point._asdict() for point in points]})
     if task.retriever:
-        store(task.retriever.datastores, tuned_on.settings, chosen, summary)
-    if args.report:
-        page = report.write(
-            args.report, summary, points, data, sizes, task.retriever, task.target_dictionary
-        )
-        logger.info(f"report written to {page}")
+        with outputs.writing(f"what was tuned into {task.retriever.datastores[0].path}"):
+            store(task.retriever.datastores, tuned_on.settings, chosen, summary)
+    _write_files(args, task, summary, points, data, sizes, outputs)
     logger.info(f"evaluate with: {summary['command']}")
     logger.info(json.dumps(without_infinities(summary)))
+    outputs.refuse_unwritten()
 
 
-def _splits(cfg, args, task, model) -> tuple[SplitData, Optional[SplitData]]:
+def _write_files(args, task, summary: dict, points, data, sizes, outputs: Outputs) -> None:
+    """What ``--knn-output`` and ``--report`` ask for."""
+    if args.knn_output:
+        with outputs.writing(f"--knn-output {args.knn_output}"):
+            write_json(args.knn_output, {**summary, "grid": [point._asdict() for point in points]})
+    if args.report:
+        with outputs.writing(f"--report {args.report}"):
+            page = report.write(
+                args.report, summary, points, data, sizes, task.retriever, task.target_dictionary
+            )
+            logger.info(f"report written to {page}")
+
+
+def _splits(cfg, args, loaded: Loaded) -> tuple[SplitData, Optional[SplitData]]:
     """What is tuned on and what is reported on: the same one, another one, or None."""
     tuned_split, reported_split = cfg.dataset.gen_subset, args.report_subset
     if tuned_split == reported_split:
         refuse_same_text(args, tuned_split, reported_split)
     path, with_cache = args.knn_neighbors, bool(cfg.task.knn_cache_size)
-    tuned_on = SplitData(cfg, task, model, tuned_split, path, with_cache)
+    tuned_on = SplitData(cfg, loaded, tuned_split, path, with_cache)
     if reported_split in (None, tuned_split):
         return tuned_on, tuned_on if reported_split else None
     reported_path = None if path is None else beside(path, reported_split)
-    reported_on = SplitData(cfg, task, model, reported_split, reported_path, with_cache)
+    reported_on = SplitData(cfg, loaded, reported_split, reported_path, with_cache)
     if reported_on.settings["data"]["sha256"] == tuned_on.settings["data"]["sha256"]:
         refuse_same_text(args, tuned_split, reported_split)
     return tuned_on, reported_on

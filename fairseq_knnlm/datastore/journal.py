@@ -190,17 +190,31 @@ class Journal:
         write_all(self._file, journal_line(entry))
 
 
-def read_journals(path: str) -> list[list[Entry]]:
+def read_journals(path: str, num_shards: int, num_chunks: int) -> list[list[Entry]]:
     """The lines of the journals of all shards that were begun.
+
+    Args:
+        path (str): the directory of the datastore.
+        num_shards (int): of the build.
+        num_chunks (int): of all shards together.
 
     Raises:
         OSError: if one cannot be read.
+        UserError: if there is one of no shard of this build, or a line of no chunk of it.
     """
-    return [
-        parse_journal(_read_if_there(os.path.join(path, name)))
-        for name in _shard_files(path, "journal")
-        if not name.endswith(".tmp")
-    ]
+    names = [name for name in _shard_files(path, "journal") if not name.endswith(".tmp")]
+    journals = [parse_journal(_read_if_there(os.path.join(path, name))) for name in names]
+    shards = {f"{number + 1}-of-{num_shards}" for number in range(num_shards)}
+    for name, entries in zip(names, journals):
+        beyond = [entry.chunk for entry in entries if entry.chunk >= num_chunks]
+        if beyond or _SHARD_FILE.fullmatch(name)["shard"] not in shards:
+            raise UserError(
+                f"{os.path.join(path, name)} is no journal of this build, which has {num_shards} "
+                f"shards and {num_chunks} chunks"
+                + (f": it has a line of chunk {beyond[0]}" if beyond else "")
+                + "; pass --overwrite to build the datastore anew"
+            )
+    return journals
 
 
 def _read_if_there(path: str) -> bytes:
@@ -254,13 +268,14 @@ def remove_build(path: str, shard: str) -> None:
 def refuse_finished(path: str) -> None:
     """Refuse to build over a finished datastore.
 
-    What a build that was killed after its manifest left behind is removed.
+    What a build that was killed after its manifest left behind is removed, where it can be.
 
     Raises:
         UserError: if there is one at *path*.
     """
     if os.path.exists(os.path.join(path, MANIFEST)):
-        remove_traces(path)
+        with contextlib.suppress(OSError):  # they stay on a disk that must not be written
+            remove_traces(path)
         raise UserError(
             f"{path} holds a finished datastore; pass --overwrite to build it "
             "anew, or another --knn-datastore"

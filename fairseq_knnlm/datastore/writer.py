@@ -239,12 +239,15 @@ class DatastoreWriter:
                 yield self._missing()
 
     def _missing(self) -> str:
-        journals = read_journals(self.path)
+        journals = self._read_journals()
         chunks = len(self._ends) - len({entry.chunk for entries in journals for entry in entries})
         # A shard whose share is empty counts as well: it would find the datastore finished, and
         # fail, if it came later.
         waiting = self._num_shards - len(journals)
         return f"{chunks} chunks, {waiting} shards not begun" if chunks or waiting else ""
+
+    def _read_journals(self) -> list[list[Entry]]:
+        return read_journals(self.path, self._num_shards, len(self._ends))
 
     def finish(self, index: dict, **more) -> None:
         """Write the manifest, the last file of a datastore, and remove the traces of the build.
@@ -257,7 +260,7 @@ class DatastoreWriter:
             UserError: if a chunk is not written yet, or the disk is full.
         """
         with self._disk_errors_explained():
-            entries = {entry.chunk: entry for each in read_journals(self.path) for entry in each}
+            entries = {entry.chunk: entry for each in self._read_journals() for entry in each}
             missing = len(self._ends) - len(entries)
             if missing:
                 raise UserError(f"{self.path} cannot be finished: {missing} chunks are missing")

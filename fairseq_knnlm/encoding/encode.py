@@ -8,6 +8,7 @@ from typing import NamedTuple, Optional
 import torch
 import torch.nn.functional as F
 
+from ..errors import UserError
 from .key_extractor import KeyExtractor
 
 # Largest logits tensor, in elements; --softmax-batch can only make it smaller.
@@ -79,6 +80,25 @@ def encode(
                 keys = states.new_empty(shape, dtype=key_dtype or states.dtype)
             keys[rows] = states.to(keys.dtype)
     return Encoded(log_p_lm, keys, log_z)
+
+
+def refuse_not_finite(encoded: Encoded) -> None:
+    """Refuse what a broken model gives, before anything is computed from it.
+
+    Args:
+        encoded (Encoded): from ``encode``.
+
+    Raises:
+        UserError: if a log-probability or a number of a key is infinite or not a number.
+    """
+    for what, numbers in (("log-probability", encoded.log_p_lm), ("hidden state", encoded.keys)):
+        if numbers is not None and not torch.isfinite(numbers).all():
+            rows = (~torch.isfinite(numbers)).view(len(numbers), -1).any(dim=1)
+            raise UserError(
+                f"the model gives no finite {what} for {int(rows.sum()):,} of {len(rows):,} "
+                "tokens: the checkpoint of --path is broken, or overflows in half precision (try "
+                "without --fp16)"
+            )
 
 
 def target_log_probs(

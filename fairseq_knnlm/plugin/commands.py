@@ -6,10 +6,12 @@ a running command asks here for the command's names. Only this file looks at ``s
 
 import os
 import sys
+import traceback
 from types import ModuleType
 from typing import Optional
 
 import fairseq_cli
+from fairseq import checkpoint_utils
 from torch.multiprocessing import ProcessRaisedException
 
 from ..errors import UserError
@@ -45,7 +47,7 @@ def end_with_text() -> None:
     status stays 1. In every other program, such as a script that imports this package, the hook is
     left alone. Calling this again changes nothing.
     """
-    if _runs_fairseqs_command() and not isinstance(sys.excepthook, _TextHook):
+    if _command_of_fairseq() is not None and not isinstance(sys.excepthook, _TextHook):
         sys.excepthook = _TextHook(sys.excepthook)
 
 
@@ -55,11 +57,25 @@ def closing_text(error: BaseException) -> Optional[str]:
     fairseq starts one process for each GPU. An exception in one of them reaches the first process
     as torch's ``ProcessRaisedException``, which holds the traceback as text.
 
+    fairseq has no hook around the loading of a checkpoint, and no exceptions of its own for what
+    can be wrong with one: a damaged file ends in one of torch, pickle or the operating system. So
+    it is the place of an exception that says so.
+
     Returns:
-        str: of a ``UserError``, raised in this process or in one that it started; None for all
-        other exceptions, which are to keep their traceback.
+        str: of a ``UserError``, raised in this process or in one that it started; of an error of
+        the operating system, such as a full disk or a file that must not be read; of whatever ended
+        the loading of a checkpoint. None for all other exceptions, which are to keep their
+        traceback.
     """
     if isinstance(error, UserError):
+        return f"fairseq_knnlm: {error}"
+    checkpoints = _checkpoints_that_failed(error)
+    if checkpoints is not None:
+        return (
+            f"fairseq_knnlm: --path {checkpoints} cannot be loaded as a checkpoint: "
+            f"{type(error).__name__}: {str(error) or 'no reason given'}"
+        )
+    if isinstance(error, OSError):
         return f"fairseq_knnlm: {error}"
     if isinstance(error, ProcessRaisedException):
         _, marker, text = str(error).rpartition(f"\n{_USER_ERROR}")
@@ -69,26 +85,48 @@ def closing_text(error: BaseException) -> Optional[str]:
     return None
 
 
+def _checkpoints_that_failed(error: BaseException) -> Optional[str]:
+    """The checkpoints that fairseq was loading when an exception was raised; None: it was not."""
+    if not isinstance(error, Exception):  # it was interrupted
+        return None
+    loads = checkpoint_utils.load_model_ensemble_and_task.__code__
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        if frame.f_code is loads:
+            return os.pathsep.join(map(str, frame.f_locals["filenames"]))
+    return None
+
+
 class _TextHook:
     """Prints the closing text of an exception, and hands all others to the hook before it."""
 
     def __init__(self, previous):
         self._previous = previous
 
-    def __call__(self, kind, error, traceback):
+    def __call__(self, kind, error, trace):
         text = closing_text(error)
         if text is None:
-            self._previous(kind, error, traceback)
+            self._previous(kind, error, trace)
         else:
             print(text, file=sys.stderr)
 
 
-def _runs_fairseqs_command() -> bool:
-    """Whether this process is one of fairseq's console scripts, or runs a file of fairseq_cli."""
+def runs(command: str) -> bool:
+    """Whether this process is a certain command of fairseq.
+
+    Args:
+        command (str): as ``running_names`` takes it.
+    """
+    return _command_of_fairseq() == command
+
+
+def _command_of_fairseq() -> Optional[str]:
+    """The command that this process is: a console script, or a file of fairseq_cli; else None."""
     main = sys.modules["__main__"]
     entry = getattr(getattr(main, "cli_main", None), "__module__", None) or ""
-    is_console_script = entry.startswith(f"{fairseq_cli.__name__}.")
-    return is_console_script or os.path.dirname(_file(main)) == _folder()
+    if entry.startswith(f"{fairseq_cli.__name__}."):
+        return entry.rpartition(".")[2]
+    folder, name = os.path.split(_file(main))
+    return os.path.splitext(name)[0] if folder == _folder() else None
 
 
 def _file(module: ModuleType) -> str:

@@ -1,4 +1,4 @@
-"""What fairseq needs to run on today's PyTorch and numpy.
+"""What fairseq needs to run on today's PyTorch and numpy, and what its import must not change.
 
 PyTorch >= 2.6 loads weights only. Checkpoints of older fairseq releases keep their arguments as an
 ``argparse.Namespace`` and a few statistics as numpy scalars. Both are plain data; naming them as
@@ -7,6 +7,7 @@ safe keeps PyTorch's protection on for all the rest. numpy 2 has dropped a name 
 
 import argparse
 import contextlib
+import logging
 import types
 
 import numpy as np
@@ -36,3 +37,21 @@ def numpy_compat():
         yield
     finally:
         del np.compat
+
+
+@contextlib.contextmanager
+def root_logger_kept():
+    """Leave the root logger as it was: its level and its handlers.
+
+    Importing fairseq sets it to DEBUG and lets it print (a model of fairseq's calls
+    ``logging.basicConfig``), which shows the debug lines of every library that a user's own script
+    imports. Where fairseq was imported before, as in its own commands, nothing is changed.
+    """
+    root = logging.getLogger()
+    level, handlers = root.level, list(root.handlers)
+    try:
+        yield
+    finally:
+        root.setLevel(level)
+        for handler in set(root.handlers) - set(handlers):
+            root.removeHandler(handler)

@@ -6,12 +6,12 @@ annotations here.
 
 import contextlib
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Optional
 
 from fairseq.dataclass import ChoiceEnum
 from fairseq.tasks.language_modeling import LanguageModelingConfig
-from omegaconf import II
 
 from ..encoding.key_extractor import KEY_TYPES
 from ..errors import UserError
@@ -36,6 +36,13 @@ from ..scoring.settings import (
     range_faults,
     weight_fault,
 )
+from .stock_flags import stock_faults
+
+# Fields that say something of neighbours alone; which state is the key matters to a cache as well.
+_NEIGHBOR_FLAGS = (
+    "knn_k", "knn_lambda", "knn_temperature", "knn_nprobe", "knn_distances", "knn_metric",
+    "knn_index",
+)  # fmt: skip
 
 
 @dataclass
@@ -162,27 +169,20 @@ class KNNLMConfig(LanguageModelingConfig):
             "(default: 0, none)"
         },
     )
-    # It has no help and so no flag of its own. fairseq's --path is read here to refuse an ensemble
-    # before it is loaded.
-    path: Optional[str] = II("common_eval.path")
 
 
 def check_settings(cfg) -> None:
-    """Refuse settings that cannot be, all faults at once.
+    """Refuse settings that cannot be, all faults at once; fairseq's own as well.
+
+    Args:
+        cfg: the task's part of the configuration.
 
     Raises:
         UserError: naming every flag that is wrong, what it may be and what came.
     """
-    faults: list[str] = []
-    checkpoints = (getattr(cfg, "path", None) or "").split(os.pathsep)
-    if len(checkpoints) > 1 and all(map(os.path.exists, checkpoints)):
-        faults.append(
-            f"an ensemble of models is not supported: --path names {len(checkpoints)} checkpoints, "
-            "a datastore belongs to one"
-        )
     given = given_settings(cfg)
     out_of_range = range_faults(given)
-    faults += out_of_range
+    faults = [*stock_faults(cfg), *_datastore_faults(cfg), *out_of_range]
     if given.get("nprobe") is not None and given.get("distances") == "exhaustive":
         faults.append("--knn-nprobe is for an index, --knn-distances exhaustive reads none")
     size = given.get("cache_size")
@@ -204,6 +204,35 @@ def check_settings(cfg) -> None:
 def datastore_paths(cfg) -> list[str]:
     """The directories named by ``--knn-datastore``."""
     return [path for path in (cfg.knn_datastore or "").split(":") if path]
+
+
+def _datastore_faults(cfg) -> Iterator[str]:
+    """What is wrong with ``--knn-datastore`` before any directory is opened."""
+    if cfg.knn_datastore is None:
+        return
+    paths = cfg.knn_datastore.split(":")
+    if "" in paths:
+        yield (
+            "--knn-datastore must name a directory, or several separated by ':', got "
+            f"{cfg.knn_datastore!r}"
+        )
+    by_place: dict[str, list[str]] = {}
+    for path in paths:
+        by_place.setdefault(os.path.realpath(path), []).append(path)
+    for place, names in by_place.items():
+        if len(names) > 1 and "" not in names:
+            yield (
+                f"--knn-datastore names the directory {place} {len(names)} times "
+                f"({', '.join(names)}): its entries would count so many times"
+            )
+
+
+def unused_neighbor_flags(cfg) -> list[str]:
+    """Flags of the neighbours that are given without a datastore, and so change nothing."""
+    if datastore_paths(cfg):
+        return []
+    names = [name for name in _NEIGHBOR_FLAGS if getattr(cfg, name) is not None]
+    return [flag_of(name) for name in names]
 
 
 def _field_of(setting: str) -> str:

@@ -20,11 +20,15 @@ from ..encoding.samples import ChunkCollater
 from ..errors import UserError
 from ..inspection.tokens import Inspector
 from ..options import DEFAULT_KEY
-from ..scoring.compatibility import refuse_other_dictionary, refuse_other_model
+from ..scoring.compatibility import (
+    refuse_broken_weights,
+    refuse_other_dictionary,
+    refuse_other_model,
+)
 from ..scoring.scorer import KNNScorer, make_scorer
 from .commands import end_with_text
 from .compat import allow_plain_data, numpy_compat
-from .config import KNNLMConfig, check_settings
+from .config import KNNLMConfig, check_settings, unused_neighbor_flags
 from .eval_lm_patch import use_scorer
 from .generator import KNNGenerator, KNNModel, ReferenceScorer
 from .opening import refuse_other_decoders, refuse_other_models, settings_and_retriever
@@ -87,6 +91,7 @@ class KNNLMTask(LanguageModelingTask):
         return model
 
     def _on_weights_loaded(self, model, incompatible_keys):
+        refuse_broken_weights(model)
         if self.retriever is not None:
             refuse_other_model(self.retriever, model, weights_fingerprint(model))
 
@@ -100,14 +105,20 @@ class KNNLMTask(LanguageModelingTask):
             epoch, combine, kwargs: as in fairseq.
 
         Raises:
-            UserError: if it is empty.
+            UserError: if it is empty, or there is none of that name.
         """
         for folder in self.args.data.split(os.pathsep):
             binary = os.path.join(folder, f"{split}.bin")
             if os.path.exists(binary) and os.path.getsize(binary) == 0:
                 raise UserError(f"{binary} is empty: the split {split!r} has no text")
-        with numpy_compat():
-            super().load_dataset(split, epoch, combine, **kwargs)
+        try:
+            with numpy_compat():
+                super().load_dataset(split, epoch, combine, **kwargs)
+        except FileNotFoundError:
+            raise UserError(
+                f"{self.args.data} has no split {split!r}: see --gen-subset and, of "
+                "fairseq-knnlm-tune, --report-subset"
+            ) from None
 
     def blocks(self, dataset, context_window: int) -> BlockDataset:
         """The blocks of a loaded split, each with its left context.
@@ -174,6 +185,7 @@ class KNNLMTask(LanguageModelingTask):
 
     def eval_lm_dataloader(self, dataset, **settings):
         """What ``fairseq-eval-lm`` iterates over; called by it right before it scores."""
+        self.warn_of_no_neighbors()
         num_shards = settings.get("num_shards", 1)
         if num_shards > 1 and not (dist.is_available() and dist.is_initialized()):
             logger.warning(
@@ -183,6 +195,15 @@ class KNNLMTask(LanguageModelingTask):
             )
         use_scorer(self.make_scorer)
         return self.evaluation_samples(dataset, **settings)
+
+    def warn_of_no_neighbors(self) -> None:
+        """Say where flags ask for neighbours that there is no datastore of."""
+        flags = unused_neighbor_flags(self.args)
+        if flags:
+            logger.warning(
+                f"{', '.join(flags)} without --knn-datastore: there are no neighbours, and these "
+                "flags change nothing"
+            )
 
     def evaluation_samples(
         self,
@@ -289,6 +310,7 @@ class KNNLMTask(LanguageModelingTask):
         """
         stock = super().build_generator
         rest = (extra_gen_cls_kwargs, prefix_allowed_tokens_fn)
+        self.warn_of_no_neighbors()
         self._refuse_generation(args)
         if not self._generates_with_neighbors(args):
             return stock(models, args, seq_gen_cls, *rest)

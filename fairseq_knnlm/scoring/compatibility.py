@@ -2,6 +2,8 @@
 
 from typing import TYPE_CHECKING
 
+import torch
+
 from ..encoding.key_extractor import KeyExtractor
 from ..errors import UserError
 
@@ -66,6 +68,24 @@ def refuse_other_model(retriever: "Retriever", model, fingerprint: str) -> None:
             f"{retriever.name} was built with (sha256 {expected[:12]}): use its checkpoint, or "
             "build a datastore for this one"
         )
+
+
+def refuse_broken_weights(model) -> None:
+    """Refuse a model that a weight is infinite or not a number in: nothing it says is.
+
+    Args:
+        model: a fairseq decoder-only language model.
+
+    Raises:
+        UserError: naming the first such tensor.
+    """
+    for name, parameter in model.named_parameters():
+        broken = int((~torch.isfinite(parameter)).sum())
+        if broken:
+            raise UserError(
+                f"the checkpoint of --path is broken: {broken:,} of the {parameter.numel():,} "
+                f"numbers of its weight {name} are infinite or not a number"
+            )
 
 
 def refuse_unexpected_flags(retriever: "Retriever", given: dict) -> None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Optional
 
 import torch
 
-from ..encoding.encode import encode
+from ..encoding.encode import encode, refuse_not_finite
 from ..encoding.key_extractor import extractor_of
 from ..probability.continuous_cache import ContinuousCache
 from ..probability.knn import knn_log_probs
@@ -112,7 +112,7 @@ class KNNScorer:
             is none: the cache reads it, and nothing is scored.
 
         Raises:
-            UserError: for an ensemble of models.
+            UserError: for an ensemble of models, or one that gives what is not finite.
         """
         refuse_ensemble(len(models))
         model = models[0]
@@ -147,9 +147,12 @@ class KNNScorer:
     def _encode(self, model, sample: dict, log_probs: bool = True):
         options = {"log_probs": log_probs, "softmax_batch": self._softmax_batch}
         if self._retriever is None and self._cache is None:
-            return encode(model, sample, **options)
-        with extractor_of(model, self._key) as extractor:
-            return encode(model, sample, extractor, **options)
+            encoded = encode(model, sample, **options)
+        else:
+            with extractor_of(model, self._key) as extractor:
+                encoded = encode(model, sample, extractor, **options)
+        refuse_not_finite(encoded)
+        return encoded
 
     def _log_p_knn(self, queries: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         """log p_knn of the targets, shape (N,), float32, on their device."""

@@ -12,6 +12,8 @@ from ..probability.mixture import ROUNDING
 DEFAULT_LAMBDA = 0.25
 DEFAULT_TEMPERATURE = 1.0
 DEFAULT_CACHE_LAMBDA = 0.1
+# No text that is evaluated has so many tokens.
+MOST_CACHED = 2**31 - 1
 AUTO = "auto"
 CACHE_RESETS = ["none", "document"]
 
@@ -61,7 +63,9 @@ _KINDS = {
     ),
     "nprobe": _AT_LEAST_1,
     "distances": one_of(DISTANCES),
-    "cache_size": Kind(">= 0", lambda value: is_whole(value, 0)),
+    "cache_size": Kind(
+        f">= 0 and at most {MOST_CACHED:,}", lambda value: is_whole(value, 0, MOST_CACHED)
+    ),
     "cache_lambda": _WEIGHT,
     "cache_theta": Kind("a finite number >= 0", lambda value: is_number(value) and value >= 0.0),
     "cache_metric": one_of(CACHE_METRICS),

@@ -77,6 +77,8 @@ def refuse_unbuildable(factory: str, count: int, dimension: int, metric: str) ->
     """
     index = make_index(factory, dimension, metric)
     ivf = inverted_file(index)
+    if ivf is not None and ivf.nlist < 1:
+        raise UserError(f"the index {factory} (--knn-index) has {ivf.nlist} lists, expected some")
     kinds = [faiss.downcast_index(index)] + ([ivf] if ivf is not None else [])
     needed = max(
         [kind.pq.ksub for kind in kinds if hasattr(kind, "pq")]

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from ..encoding.blocks import document_starts
-from ..encoding.encode import encode
+from ..encoding.encode import encode, refuse_not_finite
 from ..encoding.key_extractor import extractor_of
 from ..encoding.samples import to_device
 from ..errors import UserError
@@ -47,8 +47,8 @@ def collect(
         TuningData: on the CPU.
 
     Raises:
-        UserError: if states are to be kept and it is not said which, or *samples* have more or
-            fewer targets than *count*.
+        UserError: if states are to be kept and it is not said which, *samples* have more or fewer
+            targets than *count*, or the model gives what is not finite.
     """
     if key is None and retriever is not None:
         key = retriever.key
@@ -95,6 +95,7 @@ def _fill(
     """Run model and search over a sample, and keep what they give in *rows*."""
     device = next(model.parameters()).device
     encoded = encode(model, to_device(sample, device), extractor, softmax_batch=softmax_batch)
+    refuse_not_finite(encoded)
     data.targets[rows] = sample["target"].cpu()
     data.log_p_lm[rows] = encoded.log_p_lm.cpu()
     if data.queries is not None:

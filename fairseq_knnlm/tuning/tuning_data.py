@@ -10,28 +10,33 @@ A file of neighbours is an ``.npz`` that ``np.load`` opens:
 - ``document_starts``, int64, shape (M,): rows at which documents begin, the first of them 0;
 - ``parts``, uint8, shape (N, k): which of 16 random parts of the datastore each neighbour is in;
 - ``queries``, float32, shape (N, D): the hidden states, where a continuous cache was tuned;
-- ``settings``, a string: JSON of what all this depends on (model, datastores, data, context, k).
+- ``settings``, a string: JSON of what all this depends on (model, datastores, data, context, k);
+- ``checksum``, a string: CRC-32 of all others, their names, dtypes and shapes included.
 """
 
 import contextlib
 import json
 import os
 import zipfile
+from collections.abc import Iterator
 from typing import NamedTuple, Optional
 
 import numpy as np
 import torch
 
 from ..errors import UserError
-from ..files import atomic_file
+from ..files import atomic_file, checksum
 
-FORMAT_VERSION = 1
+# Version 1 had no checksum.
+FORMAT_VERSION = 2
 _ARRAYS = ("log_p_lm", "distances", "matches", "targets", "document_starts", "parts")
 # Curves over datastore sizes are made of so many random parts: a power of two, and one byte holds
 # the number of a part.
 PARTS = 16
 # 2^32 over the golden ratio: Fibonacci hashing (Knuth, volume 3, section 6.4).
 _HASH_FACTOR, _HASH_BITS = 0x9E3779B1, 32
+# A log-probability may be rounded to a little more than 0.
+_ROUNDING = 1e-5
 
 
 class TuningData(NamedTuple):
@@ -82,10 +87,10 @@ def save(path: str, data: TuningData, settings: dict) -> None:
     """
     arrays = {name: np.asarray(part) for name, part in data._asdict().items() if part is not None}
     arrays["matches"] = np.packbits(arrays["matches"], axis=1)
-    settings = _text({"format_version": FORMAT_VERSION, **settings})
+    arrays["settings"] = np.array(_text({"format_version": FORMAT_VERSION, **settings}))
     try:
         with atomic_file(path) as file:
-            np.savez(file, settings=np.array(settings), **arrays)
+            np.savez(file, checksum=np.array(_checksum(arrays)), **arrays)
     except OSError as error:
         raise UserError(f"cannot write --knn-neighbors {path}: {error}") from None
 
@@ -107,12 +112,13 @@ def refuse_other(path: str, settings: dict) -> None:
     if kept.get("format_version") != FORMAT_VERSION:
         raise UserError(
             f"--knn-neighbors {path} has format version {kept.get('format_version')}, this "
-            f"release reads version {FORMAT_VERSION}: name another file, and it will be written"
+            f"release reads version {FORMAT_VERSION}: name another file, and what is in it will be "
+            "collected again"
         )
     differing = [
         f"{name} was {_text(kept.get(name))}, is {_text(expected)}"
         for name, expected in settings.items()
-        if kept.get(name) != expected and not (name == "k" and kept.get(name, 0) > expected)
+        if kept.get(name) != expected and not (name == "k" and kept["k"] > expected)
     ]
     if differing:
         raise UserError(
@@ -121,38 +127,97 @@ def refuse_other(path: str, settings: dict) -> None:
         )
 
 
-def load(path: str, k: int) -> TuningData:
+def load(path: str, k: int, types: Optional[int] = None) -> TuningData:
     """Read a file of neighbours, the *k* nearest of each query.
 
     Args:
         path (str): of a file that ``save`` wrote.
         k (int): at most the neighbours in it.
+        types (int): of the dictionary of the text, one more than the largest target; None: unknown.
 
     Returns:
         TuningData: with queries where the file has them.
 
     Raises:
-        UserError: if it is no such file, or damaged.
+        UserError: if it is no such file, or damaged, or holds what cannot be.
     """
     with _opened(path) as file:
-        parts = {name: file[name] for name in _ARRAYS}
-        queries = file["queries"] if "queries" in file else None
-        width = _settings_of(file)["k"]
-        count = len(parts["log_p_lm"])
-        whole = all(parts[name].shape == (count, width) for name in ("distances", "parts"))
-        whole &= len(parts["targets"]) == count and (queries is None or len(queries) == count)
-        if not whole or parts["matches"].shape != (count, -(-width // 8)):
-            raise ValueError("arrays of other shapes")
-    matches = np.unpackbits(parts["matches"], axis=1, count=k).view(bool)
+        arrays = {name: file[name] for name in file.files if name != "checksum"}
+        if str(file["checksum"]) != _checksum(arrays):
+            raise ValueError("its checksum is not that of its content")
+        _check_arrays(arrays, _settings_of(file)["k"], types)
+    matches = np.unpackbits(arrays["matches"], axis=1, count=k).view(bool)
     return TuningData(
-        torch.from_numpy(parts["log_p_lm"]),
-        torch.from_numpy(parts["distances"])[:, :k],
+        torch.from_numpy(arrays["log_p_lm"]),
+        torch.from_numpy(arrays["distances"])[:, :k],
         torch.from_numpy(matches),
-        torch.from_numpy(parts["targets"]),
-        parts["document_starts"],
-        torch.from_numpy(parts["parts"])[:, :k],
-        None if queries is None else torch.from_numpy(queries),
+        torch.from_numpy(arrays["targets"]),
+        arrays["document_starts"],
+        torch.from_numpy(arrays["parts"])[:, :k],
+        torch.from_numpy(arrays["queries"]) if "queries" in arrays else None,
     )
+
+
+def _checksum(arrays: dict) -> str:
+    """CRC-32 of arrays by name, dtypes and shapes included, as 8 hexadecimal digits."""
+    parts = [
+        f"{name} {array.dtype.str} {array.shape} {checksum(np.atleast_1d(array))}"
+        for name, array in sorted(arrays.items())
+    ]
+    return checksum("\n".join(parts).encode())
+
+
+def _check_arrays(arrays: dict, width: int, types: Optional[int]) -> None:
+    """Refuse arrays that no pass of model and search gives.
+
+    Args:
+        arrays (dict): by name, all of a file.
+        width (int): k, neighbours of each query.
+        types (int): see ``load``.
+
+    Raises:
+        KeyError: if one is missing.
+        ValueError: if one has another dtype or shape, or a number that cannot be.
+    """
+    count, k = len(arrays["log_p_lm"]), width
+    layout = {
+        "log_p_lm": (np.float32, (count,)),
+        "distances": (np.float32, (count, k)),
+        "matches": (np.uint8, (count, -(-k // 8))),
+        "targets": (np.int64, (count,)),
+        "document_starts": (np.int64, (len(arrays["document_starts"]),)),
+        "parts": (np.uint8, (count, k)),
+    }
+    if "queries" in arrays:
+        layout["queries"] = (np.float32, (count, arrays["queries"].shape[-1]))
+    for name, (dtype, shape) in layout.items():
+        if arrays[name].dtype != dtype or arrays[name].shape != shape:
+            raise ValueError(
+                f"{name} is {arrays[name].dtype} of shape {arrays[name].shape}, no "
+                f"{np.dtype(dtype)} of shape {shape}"
+            )
+    for fault, what in _range_faults(arrays, types):
+        if fault:
+            raise ValueError(what)
+
+
+def _range_faults(arrays: dict, types: Optional[int]) -> Iterator[tuple[bool, str]]:
+    """Whether there is a number in an array that cannot be, and what it would be."""
+    log_p_lm, targets, starts = (
+        arrays[name] for name in ("log_p_lm", "targets", "document_starts")
+    )
+    yield not np.isfinite(log_p_lm).all(), "a log-probability is not finite"
+    yield (log_p_lm > _ROUNDING).any(), "a log-probability is more than 0"
+    last = np.inf if types is None else types - 1
+    yield (targets < 0).any() or (targets > last).any(), "a target is no word of the dictionary"
+    distances = arrays["distances"]
+    yield np.isnan(distances).any() or np.isneginf(distances).any(), "a distance is no number"
+    yield (distances[:, 1:] < distances[:, :-1]).any(), "the distances are not nearest first"
+    yield (arrays["parts"] >= PARTS).any(), f"a part of the datastore is not below {PARTS}"
+    in_order = starts[:1].tolist() == [0] and (np.diff(starts) > 0).all()
+    yield len(targets) and not (in_order and starts[-1] < len(targets)), "documents begin nowhere"
+    queries = arrays.get("queries")
+    yield queries is not None and not np.isfinite(queries).all(), "a hidden state is not finite"
 
 
 def _text(value) -> str:
@@ -163,6 +228,8 @@ def _settings_of(file) -> dict:
     settings = json.loads(str(file["settings"]))
     if not isinstance(settings, dict):
         raise ValueError("its settings are no dictionary")
+    if type(settings["k"]) is not int or settings["k"] < 0:
+        raise ValueError(f"its k is {settings['k']!r}, no whole number >= 0")
     return settings
 
 
@@ -176,7 +243,8 @@ def _opened(path: str):
             yield file
     except UserError:
         raise
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+    # A damaged archive ends in exceptions of numpy, zipfile, zlib, struct and json.
+    except Exception as error:
         raise UserError(
             f"--knn-neighbors {path} is not, or no longer, what fairseq-knnlm-tune writes "
             f"({error}): name another file, and it will be written"

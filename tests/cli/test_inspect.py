@@ -252,9 +252,9 @@ def test_a_text_leaves_the_task_as_it_is(look, data, tmp_path, monkeypatch):
     tasks = []
 
     def load(cfg):
-        task, model = load_task_and_model(cfg)
-        tasks.append(task)
-        return task, model
+        loaded = load_task_and_model(cfg)
+        tasks.append(loaded.task)
+        return loaded
 
     monkeypatch.setattr(inspect, "load_task_and_model", load)
     look("--input", _written(tmp_path / "text", "w1 w2"))

@@ -151,7 +151,7 @@ def test_a_users_script_is_left_alone(data, checkpoints, tmp_path):
         from fairseq_knnlm.plugin.config import KNNLMConfig
 
         assert sys.excepthook is before is sys.__excepthook__
-        config = KNNLMConfig(data=sys.argv[1], knn_lambda=2.0, path=None)
+        config = KNNLMConfig(data=sys.argv[1], knn_lambda=2.0)
         config._name = "knnlm_lm"
         try:
             fairseq_knnlm.plugin.task.KNNLMTask.setup_task(config)
@@ -172,7 +172,7 @@ def test_another_program_and_a_second_call_change_nothing(monkeypatch):
     before = sys.excepthook
     commands.end_with_text()  # this process runs no command of fairseq
     assert sys.excepthook is before
-    monkeypatch.setattr(commands, "_runs_fairseqs_command", lambda: True)
+    monkeypatch.setattr(commands, "_command_of_fairseq", lambda: "eval_lm")
     shown = []
     monkeypatch.setattr(sys, "excepthook", lambda *error: shown.append(error))
     commands.end_with_text()
@@ -185,7 +185,7 @@ def test_another_program_and_a_second_call_change_nothing(monkeypatch):
 
 
 def test_the_hook_prints_to_standard_error(monkeypatch, capsys):
-    monkeypatch.setattr(commands, "_runs_fairseqs_command", lambda: True)
+    monkeypatch.setattr(commands, "_command_of_fairseq", lambda: "eval_lm")
     monkeypatch.setattr(sys, "excepthook", lambda *error: pytest.fail("handed on"))
     commands.end_with_text()
     sys.excepthook(UserError, UserError("--knn-k must be >= 1, got 0"), None)
