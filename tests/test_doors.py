@@ -14,6 +14,7 @@ PACKAGE = REPOSITORY / "fairseq_knnlm"
 ORDER = [
     "version",
     "errors",
+    "fields",
     "html_page",
     "files",
     "neighbors",

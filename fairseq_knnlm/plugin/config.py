@@ -26,6 +26,7 @@ from ..scoring.settings import (
     DEFAULT_METRIC,
     DEFAULT_NPROBE,
     DEFAULT_TEMPERATURE,
+    DISTANCES,
     Settings,
     flag_of,
     range_faults,
@@ -63,7 +64,7 @@ class KNNLMConfig(LanguageModelingConfig):
         default=None,
         metadata={"help": f"inverted lists visited per query, >= 1 (default: {DEFAULT_NPROBE})"},
     )
-    knn_distances: Optional[ChoiceEnum(["exact", "index", "exhaustive"])] = field(
+    knn_distances: Optional[ChoiceEnum(list(DISTANCES))] = field(
         default=None,
         metadata={
             "help": "'exact': of the entries that the index finds, from the stored keys; 'index': "
@@ -119,6 +120,13 @@ class KNNLMConfig(LanguageModelingConfig):
         metadata={
             "help": "where neighbours are searched; auto: in an index on a GPU when faiss has one "
             "for it, exhaustively where the model is"
+        },
+    )
+    knn_verify: ChoiceEnum(["read", "off"]) = field(
+        default="read",
+        metadata={
+            "help": "'read': what is read of a datastore is compared with its checksums when it is "
+            "read first, a chunk of keys at a time; 'off': only by fairseq-knnlm-info --verify"
         },
     )
     knn_key: Optional[ChoiceEnum(list(KEY_TYPES))] = field(
@@ -223,7 +231,7 @@ def refuse_other_than_tuned(cfg, tuned: dict) -> None:
 
     Args:
         cfg: the task's part of the command line.
-        tuned (dict): from ``datastore.tuned_for``.
+        tuned (dict): from ``scoring.tuned_settings.settings_of_tuned``.
 
     Raises:
         UserError: naming all of them.

@@ -1,9 +1,9 @@
 """What the flags mean: the settings of a search and a mixture, their defaults and their ranges."""
 
-import math
 from typing import NamedTuple, Optional, Union
 
 from ..errors import UserError
+from ..fields import POSITIVE, Kind, brief, is_number, one_of, whole
 from ..probability.continuous_cache import METRICS
 from ..probability.mixture import ROUNDING
 
@@ -13,6 +13,7 @@ DEFAULT_K = 1024
 DEFAULT_LAMBDA = 0.25
 DEFAULT_TEMPERATURE = 1.0
 DEFAULT_NPROBE = 32
+DISTANCES = ("exact", "index", "exhaustive")
 DEFAULT_DISTANCES = "exact"
 DEFAULT_CACHE_LAMBDA = 0.1
 AUTO = "auto"
@@ -47,6 +48,24 @@ class Settings(NamedTuple):
     cache_reset: str = CACHE_RESETS[0]
 
 
+_WEIGHT = Kind("in [0, 1]", lambda value: is_number(value) and 0 <= value <= 1)
+# What each field of ``Settings`` may be, as a flag and in what ``fairseq-knnlm-tune`` stored.
+RANGES = {
+    "k": whole(1),
+    "knn_lambda": _WEIGHT,
+    "temperature": Kind(
+        f"{POSITIVE.expected}, or {AUTO}", lambda value: value == AUTO or POSITIVE.holds(value)
+    ),
+    "nprobe": whole(1),
+    "distances": one_of(DISTANCES),
+    "cache_size": whole(0),
+    "cache_lambda": _WEIGHT,
+    "cache_theta": Kind("a finite number >= 0", lambda value: is_number(value) and value >= 0),
+    "cache_metric": one_of(METRICS),
+    "cache_reset": one_of(CACHE_RESETS),
+}
+
+
 def flag_of(field: str) -> str:
     """The flag of a field of ``Settings`` or of the flags' dataclass: ``--knn-cache-size``."""
     name = field[len("knn_") :] if field.startswith("knn_") else field
@@ -62,24 +81,11 @@ def range_faults(given: dict) -> list[str]:
     Returns:
         list of str: for each fault the flag, what it may be and what came.
     """
-    ranges = {
-        "k": (lambda k: k >= 1, ">= 1"),
-        "knn_lambda": (lambda weight: 0.0 <= weight <= 1.0, "in [0, 1]"),
-        "temperature": (_is_temperature, f"a finite number > 0, or {AUTO}"),
-        "nprobe": (lambda nprobe: nprobe >= 1, ">= 1"),
-        "cache_size": (lambda size: size >= 0, ">= 0"),
-        "cache_lambda": (lambda weight: 0.0 <= weight <= 1.0, "in [0, 1]"),
-        "cache_theta": (lambda theta: 0.0 <= theta < math.inf, "a finite number >= 0"),
-    }
     return [
-        f"{flag_of(name)} must be {expected}, got {given[name]}"
-        for name, (holds, expected) in ranges.items()
-        if given.get(name) is not None and not holds(given[name])
+        f"{flag_of(name)} must be {kind.expected}, got {brief(given[name])}"
+        for name, kind in RANGES.items()
+        if given.get(name) is not None and not kind.holds(given[name])
     ]
-
-
-def _is_temperature(temperature) -> bool:
-    return temperature == AUTO or isinstance(temperature, float) and 0.0 < temperature < math.inf
 
 
 def weight_fault(settings: Settings) -> Optional[str]:
