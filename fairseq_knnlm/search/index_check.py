@@ -62,8 +62,6 @@ def index_faults(index, manifest: dict) -> Iterator[str]:
     if different:
         return
     empty = make_index(described["factory"], index.d, metric)
-    # Read back, an index can be of another class than the one that was written.
-    empty = faiss.deserialize_index(faiss.serialize_index(empty))
     expected, found = list(_structure(empty)), list(_structure(index))
     if expected != found:
         yield (
@@ -76,7 +74,9 @@ def _structure(index) -> Iterator[str]:
     """The classes and sizes of an index and of those within it, from the outside inwards."""
     index = faiss.downcast_index(index)
     sizes = [f"{name}={getattr(index, name)}" for name in _SIZES if hasattr(index, name)]
-    yield f"{type(index).__name__}({', '.join(sizes)})"
+    # Read back, a flat index is of another class than the one that was written.
+    kind = faiss.IndexFlat if isinstance(index, faiss.IndexFlat) else type(index)
+    yield f"{kind.__name__}({', '.join(sizes)})"
     for name in _INNER:
         inner = getattr(index, name, None)
         if inner is not None:
