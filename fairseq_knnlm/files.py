@@ -24,7 +24,7 @@ _PIECE_BYTES = 1 << 18
 
 def checksum(data) -> str:
     """CRC-32 of bytes or of an array's memory, as 8 hexadecimal digits."""
-    return f"{zlib.crc32(memoryview(data).cast('B')):08x}"
+    return f"{zlib.crc32(_bytes_of(data)):08x}"
 
 
 def checksum_of_range(file, first: int, count: int) -> str:
@@ -48,6 +48,12 @@ def checksum_of_range(file, first: int, count: int) -> str:
         value = zlib.crc32(piece[:read], value)
         first, count = first + read, count - read
     return f"{value:08x}"
+
+
+def _bytes_of(data) -> memoryview:
+    """The memory of bytes or of an array; that of an array without elements cannot be cast."""
+    view = memoryview(data)
+    return view.cast("B") if view.nbytes else memoryview(b"")
 
 
 def file_checksums(path: str) -> list[str]:
@@ -173,7 +179,7 @@ def write_all(file, data) -> None:
     Raises:
         OSError: if it cannot be written; a part of *data* may be.
     """
-    data = memoryview(data).cast("B")
+    data = _bytes_of(data)
     while data:
         data = data[file.write(data) :]
 

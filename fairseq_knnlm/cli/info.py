@@ -97,10 +97,10 @@ def describe(datastore: Datastore) -> Iterator[str]:
 
 def _describe_text(manifest: dict) -> Iterator[str]:
     parts = []
-    if "data" in manifest:
-        parts.append(f"split {manifest['data']['split']}")
-    if "context" in manifest:
-        context = manifest["context"]
+    data, context = manifest.get("data", {}), manifest.get("context", {})
+    if "split" in data:
+        parts.append(f"split {data['split']}")
+    if {"tokens_per_sample", "context_window", "sample_break_mode"} <= set(context):
         parts.append(
             f"blocks of {context['tokens_per_sample'] - context['context_window']} tokens with "
             f"{context['context_window']} of context, break mode {context['sample_break_mode']}"

@@ -14,6 +14,7 @@ from ..fields import (
     BOOLEAN,
     CHECKSUM,
     CHECKSUMS,
+    MOST,
     POSITIVE,
     SHA256,
     TEXT,
@@ -48,10 +49,13 @@ SETTINGS_FIELDS = {
     "metric": _METRIC,
     "model": Record({"sha256": SHA256, "parameters": whole(0)}, {}),
     "dictionary": Record({"sha256": SHA256, "types": whole(1)}, {}),
-    "data": Record({"split": TEXT, "sha256": SHA256}, {}),
+    "data": Record({}, {"split": TEXT, "sha256": SHA256}),
     "context": Record(
-        {"tokens_per_sample": whole(1), "context_window": whole(0), "sample_break_mode": TEXT},
+        {},
         {
+            "tokens_per_sample": whole(1),
+            "context_window": whole(0),
+            "sample_break_mode": TEXT,
             "add_bos_token": BOOLEAN,
             "fp16": BOOLEAN,
             "max_tokens": or_none(whole(1)),
@@ -172,13 +176,14 @@ def contradictions(manifest: dict) -> Iterator[str]:
 
 
 def _key_and_context(fields: dict) -> Iterator[str]:
-    key, context = fields.get("key"), fields.get("context")
+    key, context = fields.get("key"), fields.get("context", {})
     if key is not None and key["layer"] >= key["layers"]:
         yield f"key.layer must be < {key['layers']}, which key.layers is, got {key['layer']}"
-    if context is not None and context["context_window"] >= context["tokens_per_sample"]:
+    window, tokens = context.get("context_window", 0), context.get("tokens_per_sample", MOST)
+    if window >= tokens:
         yield (
-            "context.context_window must be < context.tokens_per_sample, "
-            f"{context['tokens_per_sample']}, got {context['context_window']}"
+            f"context.context_window must be < {tokens}, which context.tokens_per_sample is, got "
+            f"{window}"
         )
 
 

@@ -34,6 +34,7 @@ from .journal import (
     remove_traces,
 )
 from .manifest import INDEX, KEYS, MANIFEST, VALUES, array_layout, make_manifest
+from .reading_lock import refuse_readers
 from .row_checks import RowChecks
 from .schema import refuse_faulty
 
@@ -131,8 +132,11 @@ class DatastoreWriter:
     # -- beginning, or going on ----------------------------------------------------------------
 
     def _prepare(self) -> None:
-        if not self._overwrite:
-            refuse_finished(self.path)  # before anything in it is touched
+        # Before anything in it is touched.
+        if self._overwrite:
+            refuse_readers(self.path)
+        else:
+            refuse_finished(self.path)
         os.makedirs(self.path, exist_ok=True)
         self._stack.enter_context(lock_shard(self.path, self._shard))
         with lock(self._in(LOCK), "is being set up by another builder", wait=True):

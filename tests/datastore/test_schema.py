@@ -1,5 +1,6 @@
 """Every field of a manifest: one that is missing, of another type or out of range is named."""
 
+import copy as copying
 import re
 
 import pytest
@@ -89,7 +90,7 @@ FAULTS = [
     ("dictionary/types", "200", "dictionary.types must be a whole number >= 1, got '200'"),
     ("data/split", 3, "data.split must be a text"),
     ("context/tokens_per_sample", "256", "context.tokens_per_sample must be a whole number >= 1"),
-    ("context/context_window", MISSING, "context.context_window is missing"),
+    ("context/sample_break_mode", None, "context.sample_break_mode must be a text"),
     ("context/add_bos_token", 0, "context.add_bos_token must be true or false, got 0"),
     ("versions", ["3.11"], "versions must be a dict of texts"),
     ("versions", {"python": 3}, "versions must be a dict of texts"),
@@ -115,7 +116,9 @@ FAULTS = [
 
 @pytest.mark.parametrize("name, value, message", FAULTS, ids=str)
 def test_what_a_manifest_cannot_say_is_named(copy, name, value, message):
-    edit_manifest(copy, lambda manifest: (manifest.update(MORE), put(manifest, name, value)))
+    edit_manifest(
+        copy, lambda manifest: (manifest.update(copying.deepcopy(MORE)), put(manifest, name, value))
+    )
     with pytest.raises(UserError, match="no manifest that this release reads") as error:
         Datastore.open(str(copy))
     for part in message.split(".*"):
