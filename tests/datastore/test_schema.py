@@ -110,7 +110,7 @@ FAULTS = [
     ("metric", "ip", "index.metric must be ip, as metric says, got l2"),
     ("index/metric", "ip", "index.metric must be l2, as metric says, got ip"),
     ("key/layer", 2, "key.layer must be < 2, which key.layers is, got 2"),
-    ("context/context_window", 256, "context.context_window must be < .* 256, got 256"),
+    ("context/context_window", 256, "context.context_window must be < 256, which .* is, got 256"),
 ]  # fmt: skip
 
 
