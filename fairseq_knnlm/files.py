@@ -16,6 +16,7 @@ from .errors import UserError
 
 # A checksum for so many bytes: what is damaged is named to this precision.
 SEGMENT_BYTES = 1 << 24
+_PIECE_BYTES = 1 << 18
 
 
 # -- checksums -------------------------------------------------------------------------------------
@@ -23,7 +24,36 @@ SEGMENT_BYTES = 1 << 24
 
 def checksum(data) -> str:
     """CRC-32 of bytes or of an array's memory, as 8 hexadecimal digits."""
-    return f"{zlib.crc32(memoryview(data).cast('B')):08x}"
+    return f"{zlib.crc32(_bytes_of(data)):08x}"
+
+
+def checksum_of_range(file, first: int, count: int) -> str:
+    """CRC-32 of a range of bytes of a file, read in pieces that stay in a core's cache.
+
+    Threads may read one file at a time: its position is not used.
+
+    Args:
+        file: a binary file, open for reading.
+        first (int): the first byte.
+        count (int): how many; of those that the file does not have there are none.
+
+    Raises:
+        OSError: if it cannot be read.
+    """
+    value, piece = 0, memoryview(bytearray(min(count, _PIECE_BYTES)))
+    while count:
+        read = os.preadv(file.fileno(), [piece[:count]], first)
+        if not read:
+            break
+        value = zlib.crc32(piece[:read], value)
+        first, count = first + read, count - read
+    return f"{value:08x}"
+
+
+def _bytes_of(data) -> memoryview:
+    """The memory of bytes or of an array; that of an array without elements cannot be cast."""
+    view = memoryview(data)
+    return view.cast("B") if view.nbytes else memoryview(b"")
 
 
 def file_checksums(path: str) -> list[str]:
@@ -65,6 +95,38 @@ def render(value: dict) -> bytes:
     rest = {name: part for name, part in value.items() if name != "checksum"}
     rest["checksum"] = checksum(json.dumps(rest, sort_keys=True).encode())
     return json.dumps(rest, indent=1, sort_keys=True).encode() + b"\n"
+
+
+def parse_json(data: bytes) -> dict:
+    """A JSON object of finite numbers.
+
+    Raises:
+        ValueError: saying why the bytes are none.
+    """
+    try:
+        value = json.loads(data, parse_constant=_refuse_constant)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"it must be a JSON object, got a {type(value).__name__}")
+    return value
+
+
+def is_rendered(data: bytes, value: dict) -> bool:
+    """Whether bytes are what ``render`` makes of what was read from them, checksum included.
+
+    Args:
+        data (bytes): of a file.
+        value (dict): from ``parse_json``.
+    """
+    try:
+        return data == render(value)
+    except RecursionError:  # nested more deeply than can be written
+        return False
+
+
+def _refuse_constant(name: str):
+    raise ValueError(f"{name} is no number of JSON")
 
 
 # -- writing ---------------------------------------------------------------------------------------
@@ -117,7 +179,7 @@ def write_all(file, data) -> None:
     Raises:
         OSError: if it cannot be written; a part of *data* may be.
     """
-    data = memoryview(data).cast("B")
+    data = _bytes_of(data)
     while data:
         data = data[file.write(data) :]
 

@@ -11,7 +11,7 @@ from timing import Stopwatch, interleaved, median, was_held_up
 
 from fairseq_knnlm.datastore.datastore import Datastore
 from fairseq_knnlm.search.exact_search import ExactSearch
-from fairseq_knnlm.search.index_build import build_index
+from fairseq_knnlm.search.index_build import build_index, load
 from fairseq_knnlm.search.index_search import IndexSearch
 
 # A search that takes longer is not repeated.
@@ -124,7 +124,7 @@ def _compare(datastore, path, queries, ks, nprobe, repeats, judge):
     Returns:
         list of dict: a row for each k and kind of distances.
     """
-    parts = str(path), datastore.manifest["metric"], datastore.values
+    parts = load(str(path)), datastore.manifest["metric"], datastore.values
     indexes = {
         "index": IndexSearch(*parts, nprobe),
         "exact": ExactSearch(*parts, datastore.keys, nprobe),

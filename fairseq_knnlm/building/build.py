@@ -246,7 +246,13 @@ def finish(writer: DatastoreWriter, factory: str, metric: str, nprobe: int = DEF
         if not missing:
             keys, index_path = writer.keys(), writer.index_path
             description = build_index(
-                keys, factory, metric, index_path, writer.work_path, logger.info
+                keys,
+                factory,
+                metric,
+                index_path,
+                writer.work_path,
+                logger.info,
+                writer.key_checks(),
             )
             logger.info("looking for a temperature to start with")
             temperature = find_temperature(index_path, metric, keys, writer.values(), nprobe)

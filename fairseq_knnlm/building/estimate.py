@@ -13,7 +13,7 @@ from typing import NamedTuple, Optional
 import numpy as np
 
 from ..datastore.journal import INDEX_WORK
-from ..datastore.manifest import INDEX, KEY_DTYPE, KEYS, VALUES, npy_header
+from ..datastore.layout import INDEX, KEY_DTYPE, KEYS, VALUES, npy_header
 from ..search.index_cost import estimate_cost
 
 

@@ -13,6 +13,7 @@ from ..building.estimate import Trial, estimate_build, table
 from ..datastore.disk import free_bytes, refuse_small_disk
 from ..datastore.fingerprint import file_fingerprint
 from ..datastore.journal import refuse_finished
+from ..datastore.reading_lock import refuse_readers
 from ..datastore.writer import value_dtype
 from ..encoding.blocks import refuse_oversized
 from ..encoding.chunks import NEIGHBORS_BYTES, plan_chunks
@@ -84,7 +85,9 @@ def run(cfg, args):
             "--overwrite is for one process: shards would overwrite each other; "
             f"remove {directory} by hand first"
         )
-    if not args.overwrite:
+    if args.overwrite:
+        refuse_readers(directory)
+    else:
         refuse_finished(directory)
     task, model, model_sha256 = load_task_and_model(cfg)
     blocks = _load_blocks(cfg, task, model)

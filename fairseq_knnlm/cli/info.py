@@ -2,10 +2,13 @@
 
 import argparse
 import sys
+from collections.abc import Iterator
 
 from ..datastore.datastore import Datastore
+from ..datastore.manifest import INDEX
 from ..datastore.tuned import read_tuned
 from ..errors import UserError
+from ..scoring.tuned_settings import settings_of_tuned
 from .command_line import ending_with_text
 
 
@@ -32,60 +35,108 @@ def run(args):
     """Print what the datastore holds, and with ``--verify`` what of it is damaged.
 
     Raises:
-        UserError: if it is no whole datastore, or damaged.
+        UserError: if it is no whole datastore, or damaged, or what was tuned with it cannot be
+            used; after all that can be said of it is printed.
     """
     datastore = Datastore.open(args.datastore)
     print("\n".join(describe(datastore)))
+    faults = []
+    try:
+        print("".join(f"{line}\n" for line in describe_tuned(datastore)), end="")
+    except UserError as error:
+        print("tuned        what is stored cannot be used")
+        faults.append(str(error))
     if args.verify:
-        faults = list(datastore.verify())
-        for fault in faults:
-            print(f"{args.datastore}/{fault}", file=sys.stderr)
-        if faults:
-            raise UserError(f"{args.datastore} is damaged; build it again")
-        print("verified: every byte is as it was written")
+        damage = list(damages(datastore))
+        for line in damage:
+            print(f"{args.datastore}/{line}", file=sys.stderr)
+        if damage:
+            faults.append(f"{args.datastore} is damaged; build it again")
+        else:
+            print("verified: every byte is as the manifest says, and so is the kind of the index")
+    if faults:
+        raise UserError("; ".join(faults))
 
 
-def describe(datastore: Datastore):
-    """Lines that a person understands."""
+def damages(datastore: Datastore) -> Iterator[str]:
+    """Read everything; yield one line for each part that is not as the manifest says."""
+    damaged = False
+    for damaged in datastore.verify():
+        yield damaged
+    if not damaged:  # FAISS reads no damaged file
+        # Imported here, because all else needs no FAISS.
+        from ..search.index_build import load
+        from ..search.index_check import index_faults
+
+        for fault in index_faults(load(datastore.index_path), datastore.manifest):
+            yield f"{INDEX}: {fault}"
+
+
+def describe(datastore: Datastore) -> Iterator[str]:
+    """Lines that a person understands; none for what the builder left out of the manifest."""
     manifest = datastore.manifest
-    context, index, key = manifest["context"], manifest["index"], manifest["key"]
-    size = sum(entry["size_bytes"] for entry in manifest["files"].values())
+    index, size = manifest["index"], sum(each["size_bytes"] for each in manifest["files"].values())
     yield f"datastore    {datastore.path}"
     yield f"entries      {len(datastore):,} of {datastore.dimension} dimensions"
-    yield f"size         {size:,} bytes, {size / len(datastore):.0f} an entry"
-    yield f"key          {key['type']} of layer {key['layer']}, metric {manifest['metric']}"
+    yield f"size         {size:,} bytes, {size / max(len(datastore), 1):.0f} an entry"
+    if "key" in manifest:
+        key = manifest["key"]
+        yield f"key          {key['type']} of layer {key['layer']}, metric {index['metric']}"
     yield f"index        {index['factory']} (FAISS {index['faiss_version']})"
-    yield (
-        f"text         split {manifest['data']['split']}, blocks of "
-        f"{context['tokens_per_sample'] - context['context_window']} tokens with "
-        f"{context['context_window']} of context, break mode {context['sample_break_mode']}"
-    )
+    yield from _describe_text(manifest)
     if "temperature" in manifest:
         yield f"temperature  {manifest['temperature']['value']:g} to start with"
+    if "dictionary" in manifest:
+        yield f"dictionary   {manifest['dictionary']['types']:,} types"
+    if "model" in manifest:
+        model = manifest["model"]
+        yield f"model        {model['parameters']:,} parameters, sha256 {model['sha256'][:12]}"
+    if "versions" in manifest:
+        yield "versions     " + ", ".join(f"{k} {v}" for k, v in manifest["versions"].items())
+
+
+def _describe_text(manifest: dict) -> Iterator[str]:
+    parts = []
+    data, context = manifest.get("data", {}), manifest.get("context", {})
+    if "split" in data:
+        parts.append(f"split {data['split']}")
+    if {"tokens_per_sample", "context_window", "sample_break_mode"} <= set(context):
+        parts.append(
+            f"blocks of {context['tokens_per_sample'] - context['context_window']} tokens with "
+            f"{context['context_window']} of context, break mode {context['sample_break_mode']}"
+        )
+    if parts:
+        yield "text         " + ", ".join(parts)
+
+
+def describe_tuned(datastore: Datastore) -> Iterator[str]:
+    """A line on what ``fairseq-knnlm-tune`` stored; none where nothing is.
+
+    Raises:
+        UserError: if it cannot be used.
+    """
     tuned = read_tuned(datastore.path)
-    if tuned is not None:
-        yield _describe_tuned(tuned, manifest)
-    yield f"dictionary   {manifest['dictionary']['types']:,} types"
-    yield (
-        f"model        {manifest['model']['parameters']:,} parameters, sha256 "
-        f"{manifest['model']['sha256'][:12]}"
-    )
-    yield "versions     " + ", ".join(f"{k} {v}" for k, v in manifest["versions"].items())
-
-
-def _describe_tuned(tuned: dict, manifest: dict) -> str:
-    if manifest["checksum"] not in tuned["datastores"]:
-        return "tuned        no: what is stored was tuned before the datastore was built again"
+    if tuned is None:
+        return
+    if datastore.manifest["checksum"] not in tuned["datastores"]:
+        yield "tuned        no: what is stored was tuned before the datastore was built again"
+        return
+    settings = settings_of_tuned(tuned, datastore.path)
     others = len(tuned["datastores"]) - 1
-    return (
-        f"tuned        k {tuned['k']}, lambda {tuned['knn_lambda']:g}, temperature "
-        f"{tuned['temperature']:g}, "
-        + ("" if tuned["distances"] == "exhaustive" else f"nprobe {tuned['nprobe']}, ")
-        + f"{tuned['distances']} distances"
-        + _describe_cache(tuned)
-        + f", on {tuned['tuned_on']['split']}"
+    yield (
+        f"tuned        k {settings['k']}, lambda {settings['knn_lambda']:g}, temperature "
+        f"{_number(settings['temperature'])}, "
+        + ("" if settings["distances"] == "exhaustive" else f"nprobe {settings['nprobe']}, ")
+        + f"{settings['distances']} distances"
+        + _describe_cache(settings)
+        + (f", on {tuned['tuned_on']['split']}" if "tuned_on" in tuned else "")
         + (f", with {others} other datastores" if others else "")
     )
+
+
+def _number(value) -> str:
+    """A number in few digits; a text, as ``auto``, as it is."""
+    return value if isinstance(value, str) else f"{value:g}"
 
 
 def _describe_cache(tuned: dict) -> str:

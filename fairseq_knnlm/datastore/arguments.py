@@ -1,12 +1,13 @@
 """What the arguments of a ``DatastoreWriter`` must be, checked before it touches a file."""
 
 import json
-import math
-import numbers
 
 import numpy as np
 
+from ..arguments import or_none
 from ..errors import UserError
+from ..fields import MOST, TEXT, Kind, Record, faults, is_whole, whole
+from .schema import settings_faults
 
 
 def check_writer_arguments(arguments: dict) -> None:
@@ -20,37 +21,13 @@ def check_writer_arguments(arguments: dict) -> None:
     """
     num_shards = arguments["num_shards"]
     # Where the number of shards is wrong itself, the shard is not compared with it.
-    last_shard = num_shards - 1 if _is_whole(num_shards, 1) else math.inf
-    rules = {
-        "path": (lambda value: isinstance(value, str) and value, "a text that is not empty"),
-        "settings": (_is_json_dict, "a dict that JSON can hold"),
-        "chunk_sizes": (_are_sizes, "a sequence of whole numbers >= 0"),
-        "dimension": (lambda value: _is_whole(value, 1), "a whole number >= 1"),
-        "dtype": (_is_unsigned, "an unsigned integer dtype"),
-        "num_shards": (lambda value: _is_whole(value, 1), "a whole number >= 1"),
-        "shard_id": (
-            lambda value: _is_whole(value, 0) and value <= last_shard,
-            f"a whole number in [0, {num_shards})",
-        ),
-        "overwrite": (lambda value: isinstance(value, bool), "True or False"),
-        "index_bytes": (lambda value: _is_whole(value, 0), "a whole number >= 0"),
-        "model_dimension": (
-            lambda value: value is None or _is_whole(value, 1),
-            "a whole number >= 1, or None",
-        ),
-    }
-    faults = [
-        f"{name} must be {expected}, got {_brief(arguments[name])}"
-        for name, (holds, expected) in rules.items()
-        if not holds(arguments[name])
-    ]
-    if faults:
-        raise UserError(f"DatastoreWriter: {'; '.join(faults)}")
-
-
-def _is_whole(value, least: int) -> bool:
-    whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)
-    return whole and value >= least
+    last_shard = num_shards - 1 if is_whole(num_shards, 1) else MOST
+    of_shard = Kind(f"a whole number in [0, {num_shards})", lambda v: is_whole(v, 0, last_shard))
+    found = list(faults(arguments, Record({**_KINDS, "shard_id": of_shard}, {})))
+    if _is_json_dict(arguments["settings"]):
+        found += [f"in settings, {fault}" for fault in settings_faults(arguments["settings"])]
+    if found:
+        raise UserError(f"DatastoreWriter: {'; '.join(found)}")
 
 
 def _is_json_dict(value) -> bool:
@@ -66,8 +43,8 @@ def _are_sizes(value) -> bool:
         sizes = np.asarray(value)
     except ValueError:  # Lists of different lengths.
         return False
-    whole = sizes.dtype.kind in "iu" or sizes.size == 0
-    return whole and sizes.ndim == 1 and not (sizes < 0).any()
+    are_whole = sizes.dtype.kind in "iu" or sizes.size == 0
+    return are_whole and sizes.ndim == 1 and not (sizes < 0).any()
 
 
 def _is_unsigned(value) -> bool:
@@ -77,6 +54,14 @@ def _is_unsigned(value) -> bool:
         return False
 
 
-def _brief(value) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
+_KINDS = {
+    "path": TEXT,
+    "settings": Kind("a dict that JSON can hold", _is_json_dict),
+    "chunk_sizes": Kind("a sequence of whole numbers >= 0", _are_sizes),
+    "dimension": whole(1),
+    "dtype": Kind("an unsigned integer dtype", _is_unsigned),
+    "num_shards": whole(1),
+    "overwrite": Kind("True or False", lambda v: isinstance(v, bool)),
+    "index_bytes": whole(0),
+    "model_dimension": or_none(whole(1)),
+}

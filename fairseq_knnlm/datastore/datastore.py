@@ -1,53 +1,58 @@
 """Reading a datastore, only if it is whole; and where in its text a row stands."""
 
+import contextlib
 import functools
 import os
+import weakref
 from collections.abc import Iterator, Sequence
+from typing import BinaryIO, Optional, Union
 
 import numpy as np
 
 from ..errors import UserError
-from ..files import checksum, damaged_ranges
-from .manifest import (
-    INDEX,
-    KEYS,
-    POSITION_DTYPE,
-    POSITIONS,
-    VALUES,
-    check_files,
-    npy_header,
-    read_manifest,
-)
+from ..files import damaged_ranges
+from .layout import INDEX, KEYS, MANIFEST, POSITION_DTYPE, POSITIONS, VALUES
+from .manifest import check_files, manifest_layout, parse_manifest, reading
+from .reading_lock import open_for_reading
+from .row_checks import RowChecks, refusal
 
 
 class Datastore:
     """A finished datastore, opened for reading with ``Datastore.open``.
 
+    As long as it lives, ``fairseq-knnlm-build --overwrite`` does not replace its files.
+
     Attributes:
         path (str): the directory.
         manifest (dict): what it says of itself, see ``datastore.manifest``.
-        keys (ndarray): shape (N, D), float16, memory-mapped.
-        values (ndarray): shape (N,), unsigned, memory-mapped; the value of row i belongs to the
-            key of row i.
+        keys (ndarray): shape (N, D), float16, memory-mapped. They are verified by who is about to
+            use them, see ``check_rows``.
     """
 
-    def __init__(self, path: str, manifest: dict):
-        """Only ``open`` calls this, after it has checked the files."""
+    def __init__(self, path: str, manifest_file: BinaryIO, verify: bool):
+        """Only ``open`` calls this."""
         self.path = path
-        self.manifest = manifest
-        self.keys = self._map(KEYS)
-        self.values = self._map(VALUES)
-        self._positions = self._map(POSITIONS) if POSITIONS in manifest["files"] else None
+        weakref.finalize(self, manifest_file.close)  # the lock lasts as long as the file is open
+        self._manifest_bytes = manifest_file.read()
+        self.manifest = parse_manifest(path, self._manifest_bytes)
+        check_files(path, self.manifest)
+        self._verify = verify
+        self._maps = {name: self._map(name) for name in manifest_layout(self.manifest)}
+        self._checks = {name: self._row_checks(name) for name in (KEYS, VALUES)}
+        self.keys = self._maps[KEYS]
 
     @classmethod
-    def open(cls, path: str) -> "Datastore":
+    def open(cls, path: str, verify: bool = True) -> "Datastore":
         """Open a datastore after checking that it is whole: files, sizes, shapes.
 
         Args:
             path (str): the directory.
+            verify (bool): compare with its checksum what is read, when it is read first: the chunk
+                that a key is in, all values, the index.
 
         Raises:
-            UserError: if there is none, or it is unfinished, truncated or of another format.
+            UserError: if there is none, it cannot be read, or it is unfinished, truncated or of
+                another format.
 
         >>> datastore = Datastore.open(directory)
         >>> datastore.keys.shape == (len(datastore), datastore.dimension)
@@ -56,9 +61,11 @@ class Datastore:
         >>> before.tolist() == datastore.text[2:7].tolist()
         True
         """
-        manifest = read_manifest(path)
-        check_files(path, manifest)
-        return cls(path, manifest)
+        with reading(path), contextlib.ExitStack() as stack:
+            file = stack.enter_context(open_for_reading(path))
+            datastore = cls(path, file, verify)
+            stack.pop_all()  # it stays open
+        return datastore
 
     def __len__(self) -> int:
         return self.manifest["count"]
@@ -77,6 +84,67 @@ class Datastore:
     def index_path(self) -> str:
         """Where the FAISS index lies."""
         return os.path.join(self.path, INDEX)
+
+    @functools.cached_property
+    def values(self) -> np.ndarray:
+        """Shape (N,), unsigned, memory-mapped; that of row i belongs to the key of row i.
+
+        Raises:
+            UserError: if they are not what was written.
+        """
+        if self._verify:
+            self._checks[VALUES].all_rows()
+        return self._maps[VALUES]
+
+    # -- verifying what is read ------------------------------------------------------------------
+
+    def check_rows(self, rows: Union[range, np.ndarray]) -> None:
+        """Verify keys that are about to be used, each chunk of them once in a process.
+
+        Args:
+            rows (range or ndarray of int): of any shape and in any order; negative ones are none.
+
+        Raises:
+            UserError: if a chunk of theirs is not what was written, naming its bytes. Without
+                *verify* of ``open``, never.
+        """
+        if self._verify:
+            self._checks[KEYS](rows)
+
+    @contextlib.contextmanager
+    def reading_index(self) -> Iterator[str]:
+        """Verify the index; held while it is read.
+
+        Yields:
+            str: its file.
+
+        Raises:
+            UserError: if it is not what was written; or, when it has been read, if the datastore
+                has been replaced or removed meanwhile.
+        """
+        try:
+            if self._verify:
+                self._check_file(INDEX)
+            yield self.index_path
+        finally:
+            self._refuse_replaced()
+
+    def _check_file(self, name: str) -> None:
+        """Refuse a file that is not what was written, by its checksums in the manifest."""
+        path = os.path.join(self.path, name)
+        with reading(self.path):
+            for first, last in damaged_ranges(path, self.manifest["files"][name]["checksums"]):
+                raise UserError(refusal(path, f"damaged between bytes {first} and {last}"))
+
+    def _refuse_replaced(self) -> None:
+        """Refuse a directory that is not any more what was opened, by its manifest."""
+        with contextlib.suppress(OSError), open(os.path.join(self.path, MANIFEST), "rb") as file:
+            if file.read() == self._manifest_bytes:
+                return
+        raise UserError(
+            f"the datastore {self.path} was replaced or removed while it was read: run the command "
+            "again with what is there now"
+        )
 
     # -- rows and the text -----------------------------------------------------------------------
 
@@ -160,20 +228,33 @@ class Datastore:
     # -- reading everything ----------------------------------------------------------------------
 
     def verify(self) -> Iterator[str]:
-        """Read everything; yield one line for each byte range that is not what was written."""
-        ends = self.manifest["chunks"]["rows"]
-        for name, array in ((KEYS, self.keys), (VALUES, self.values)):
-            header_bytes = len(npy_header(array.shape, array.dtype))
-            row_bytes = array.nbytes // max(len(array), 1)
-            for start, stop, expected in zip([0] + ends, ends, self.manifest["chunks"][name]):
-                if checksum(np.ascontiguousarray(array[start:stop])) != expected:
-                    first, last = header_bytes + start * row_bytes, header_bytes + stop * row_bytes
-                    yield f"{name}: damaged between bytes {first} and {last - 1}"
+        """Read everything; yield one line for each byte range that is not what was written.
+
+        Raises:
+            UserError: if a file cannot be read.
+        """
+        for name, checks in self._checks.items():
+            yield from (f"{name}: {fault}" for fault in checks.faults())
         for name, entry in self.manifest["files"].items():
             if "checksums" in entry:
                 path = os.path.join(self.path, name)
-                for first, last in damaged_ranges(path, entry["checksums"]):
-                    yield f"{name}: damaged between bytes {first} and {last}"
+                with reading(self.path):
+                    for first, last in damaged_ranges(path, entry["checksums"]):
+                        yield f"{name}: damaged between bytes {first} and {last}"
+
+    # -- files -----------------------------------------------------------------------------------
 
     def _map(self, name: str) -> np.ndarray:
         return np.load(os.path.join(self.path, name), mmap_mode="r")
+
+    def _row_checks(self, name: str) -> RowChecks:
+        chunks, array = self.manifest["chunks"], self._maps[name]
+        path = os.path.join(self.path, name)
+        return RowChecks(path, array.shape, array.dtype, chunks["rows"], chunks[name])
+
+    @functools.cached_property
+    def _positions(self) -> Optional[np.ndarray]:
+        """Where in the text the value of each row stands; None: at the number of the row."""
+        if POSITIONS in self._maps and self._verify:
+            self._check_file(POSITIONS)
+        return self._maps.get(POSITIONS)

@@ -21,6 +21,7 @@ from typing import Callable, NamedTuple, Optional
 from ..errors import UserError
 from ..files import write_all, write_atomically
 from .manifest import INDEX, KEYS, MANIFEST, POSITIONS, SETTINGS, TUNED, VALUES
+from .reading_lock import kept_from_readers
 
 LOCK = "building.lock"
 INDEX_WORK = "index.building"
@@ -250,16 +251,17 @@ def remove_build(path: str, shard: str) -> None:
         shard (str): whose lock this process holds.
 
     Raises:
-        UserError: if another process is at work on it.
+        UserError: if another process is at work on it, or reads it.
     """
     for name in _shard_files(path):
         other = _SHARD_FILE.fullmatch(name)["shard"]
         if other != shard:
             with lock_shard(path, other):
                 pass  # nobody works on it
-    for name in (MANIFEST, SETTINGS, TUNED, KEYS, VALUES, POSITIONS, INDEX):
-        with contextlib.suppress(FileNotFoundError):
-            os.remove(os.path.join(path, name))
+    with kept_from_readers(path):
+        for name in (MANIFEST, SETTINGS, TUNED, KEYS, VALUES, POSITIONS, INDEX):
+            with contextlib.suppress(FileNotFoundError):
+                os.remove(os.path.join(path, name))
     shutil.rmtree(os.path.join(path, INDEX_WORK), ignore_errors=True)
     for name in _shard_files(path, "journal"):
         os.remove(os.path.join(path, name))

@@ -25,79 +25,51 @@ Fields of the manifest:
   ``fairseq-knnlm-build``.
 """
 
-import io
-import json
+import contextlib
 import os
 from collections.abc import Sequence
 
-import numpy as np
-
 from ..errors import UserError
-from ..files import file_checksums, render
+from ..fields import is_whole
+from ..files import file_checksums, is_rendered, parse_json
+from .layout import (
+    INDEX,
+    KEYS,
+    MANIFEST,
+    POSITIONS,
+    VALUES,
+    Layout,
+    array_layout,
+    manifest_layout,
+    npy_bytes,
+    npy_header,
+)
+from .schema import FORMAT_VERSION, refuse_faulty
 
-FORMAT_VERSION = 1
-MANIFEST, SETTINGS = "manifest.json", "building.json"
-KEYS, VALUES, POSITIONS, INDEX = "keys.npy", "values.npy", "positions.npy", "index.faiss"
-TUNED = "tuned.json"
-KEY_DTYPE, POSITION_DTYPE = np.dtype("float16"), np.dtype("int64")
+SETTINGS, TUNED = "building.json", "tuned.json"
 
-# By the name of a file, the shape and dtype of its array.
-Layout = dict[str, tuple[tuple[int, ...], np.dtype]]
-
-
-# -- layout ----------------------------------------------------------------------------------------
-
-
-def npy_header(shape: tuple[int, ...], dtype: np.dtype) -> bytes:
-    """The bytes in front of the data of a C-ordered ``.npy`` file.
-
-    Args:
-        shape (tuple of int): of the array.
-        dtype (numpy.dtype): of the array.
-    """
-    buffer = io.BytesIO()
-    np.lib.format.write_array_header_1_0(
-        buffer,
-        {
-            "descr": np.lib.format.dtype_to_descr(dtype),
-            "fortran_order": False,
-            "shape": tuple(shape),
-        },
-    )
-    return buffer.getvalue()
-
-
-def npy_bytes(shape: tuple[int, ...], dtype: np.dtype) -> int:
-    """The size of a C-ordered ``.npy`` file.
-
-    Args:
-        shape (tuple of int): of the array.
-        dtype (numpy.dtype): of the array.
-    """
-    items = 1
-    for size in shape:
-        items *= int(size)
-    return len(npy_header(shape, dtype)) + items * dtype.itemsize
-
-
-def array_layout(count: int, dimension: int, dtype: np.dtype) -> Layout:
-    """The arrays that a dump writes.
-
-    Args:
-        count (int): N.
-        dimension (int): D.
-        dtype (numpy.dtype): of the values.
-    """
-    return {KEYS: ((count, dimension), KEY_DTYPE), VALUES: ((count,), np.dtype(dtype))}
-
-
-def manifest_layout(manifest: dict) -> Layout:
-    """The arrays of a datastore, as its manifest says."""
-    count, files = manifest["count"], manifest["files"]
-    layout = array_layout(count, manifest["dimension"], np.dtype(files[VALUES]["dtype"]))
-    if POSITIONS in files:
-        layout[POSITIONS] = ((count,), POSITION_DTYPE)
-    return layout
+# The names of files and their layout are of this module too, for those who read or write them.
+__all__ = [
+    "FORMAT_VERSION",
+    "INDEX",
+    "KEYS",
+    "MANIFEST",
+    "POSITIONS",
+    "SETTINGS",
+    "TUNED",
+    "VALUES",
+    "Layout",
+    "array_layout",
+    "check_files",
+    "make_manifest",
+    "manifest_layout",
+    "npy_bytes",
+    "npy_header",
+    "open_manifest",
+    "parse_manifest",
+    "read_manifest",
+    "reading",
+]
 
 
 # -- writing and reading a manifest ----------------------------------------------------------------
@@ -148,19 +120,54 @@ def make_manifest(
     }
 
 
+@contextlib.contextmanager
+def reading(path: str):
+    """Explain what the operating system says when files of a datastore cannot be read.
+
+    Args:
+        path (str): the directory.
+
+    Raises:
+        UserError: in place of an ``OSError``, naming the file and the reason.
+    """
+    try:
+        yield
+    except OSError as error:
+        name = error.filename if isinstance(error.filename, str) else path
+        raise UserError(
+            f"cannot read the datastore {path}: {name}: {error.strerror or error}; its files must "
+            "be there and readable for this user"
+        ) from None
+
+
 def read_manifest(path: str) -> dict:
     """The manifest of a finished datastore.
 
+    Args:
+        path (str): the directory.
+
     Raises:
-        UserError: if there is none, it cannot be read, or it is of a version we do not know.
+        UserError: if there is none, it cannot be read, is of a version we do not know, or says what
+            cannot be.
+    """
+    with reading(path), open_manifest(path) as file:
+        return parse_manifest(path, file.read())
+
+
+def open_manifest(path: str):
+    """The manifest of a finished datastore as a file to read from.
+
+    Args:
+        path (str): the directory.
+
+    Raises:
+        UserError: if there is none.
+        OSError: if it cannot be opened.
     """
     if not os.path.isdir(path):
         raise UserError(f"no datastore at {path}: no such directory")
     try:
-        with open(os.path.join(path, MANIFEST), "rb") as file:
-            data = file.read()
-        manifest = json.loads(data)
-        version = manifest["format_version"]
+        return open(os.path.join(path, MANIFEST), "rb")
     except FileNotFoundError:
         state = (
             "is unfinished: run the same fairseq-knnlm-build command again and it goes on"
@@ -168,18 +175,34 @@ def read_manifest(path: str) -> dict:
             else f"is no datastore: it has no {MANIFEST}"
         )
         raise UserError(f"{path} {state}") from None
-    except (ValueError, KeyError, TypeError) as error:
+
+
+def parse_manifest(path: str, data: bytes) -> dict:
+    """What the bytes of a manifest say.
+
+    Args:
+        path (str): the directory, for messages.
+        data (bytes): all of them.
+
+    Raises:
+        UserError: as ``read_manifest``.
+    """
+    try:
+        manifest = parse_json(data)
+    except ValueError as error:
         raise UserError(f"{path}/{MANIFEST} is damaged: {error}") from None
-    if version != FORMAT_VERSION:
+    version = manifest.get("format_version")
+    if is_whole(version, 0) and version != FORMAT_VERSION:
         raise UserError(
             f"{path} has format version {version}, this release reads version "
             f"{FORMAT_VERSION}: use another release or build it again"
         )
-    if data != render(manifest):
+    if not is_rendered(data, manifest):
         raise UserError(
             f"{path}/{MANIFEST} is damaged or was edited: its checksum does not "
             "match; build the datastore again"
         )
+    refuse_faulty(path, manifest)
     return manifest
 
 
@@ -192,6 +215,7 @@ def check_files(path: str, manifest: dict) -> None:
 
     Raises:
         UserError: naming the first file that is not as the manifest says.
+        OSError: if one cannot be read.
     """
     for name, entry in manifest["files"].items():
         _check_size(os.path.join(path, name), entry["size_bytes"])

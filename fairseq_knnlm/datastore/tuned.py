@@ -5,16 +5,29 @@ the first. It names the datastores by the checksums of their manifests, and so t
 and the index that it holds for: it is of no use with others, and refused.
 """
 
-import json
 import os
 from collections.abc import Sequence
 from typing import Optional
 
 from ..errors import UserError
-from ..files import render, write_atomically
+from ..fields import CHECKSUMS, TEXT, Kind, Record, faults, is_whole
+from ..files import is_rendered, parse_json, render, write_atomically
 from .manifest import TUNED, read_manifest
 
 FORMAT_VERSION = 1
+# The settings in it are for ``scoring.tuned_settings`` to check.
+_FIELDS = Record(
+    {
+        "format_version": Kind(
+            str(FORMAT_VERSION), lambda value: is_whole(value, FORMAT_VERSION, FORMAT_VERSION)
+        ),
+        "datastores": Kind(
+            "a list of one or more checksums",
+            lambda value: CHECKSUMS.holds(value) and len(value) > 0,
+        ),
+    },
+    {"tuned_on": Record({"split": TEXT}, {})},
+)
 
 
 def save_tuned(paths: Sequence[str], tuned: dict) -> str:
@@ -54,13 +67,20 @@ def read_tuned(path: str) -> Optional[dict]:
     try:
         with open(path, "rb") as file:
             data = file.read()
-        tuned = json.loads(data)
-        if tuned["format_version"] != FORMAT_VERSION or data != render(tuned):
-            raise ValueError("edited, or of another release")
+        tuned = parse_json(data)
+        if not is_rendered(data, tuned):
+            raise ValueError("edited: its checksum does not match")
+        found = list(faults(tuned, _FIELDS))
+        if found:
+            raise ValueError("; ".join(found))
     except FileNotFoundError:
         return None
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path} is damaged ({error}): run fairseq-knnlm-tune again") from None
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror or error}") from None
+    except ValueError as error:
+        raise UserError(
+            f"{path} is damaged or of another release ({error}): run fairseq-knnlm-tune again"
+        ) from None
     return tuned
 
 

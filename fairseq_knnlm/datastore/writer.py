@@ -36,6 +36,9 @@ from .journal import (
     remove_traces,
 )
 from .manifest import INDEX, KEYS, MANIFEST, VALUES, array_layout, make_manifest
+from .reading_lock import refuse_readers
+from .row_checks import RowChecks
+from .schema import refuse_faulty
 
 
 def value_dtype(vocabulary_size: int) -> np.dtype:
@@ -136,8 +139,11 @@ class DatastoreWriter:
     # -- beginning, or going on ----------------------------------------------------------------
 
     def _prepare(self) -> None:
-        if not self._overwrite:
-            refuse_finished(self.path)  # before anything in it is touched
+        # Before anything in it is touched.
+        if self._overwrite:
+            refuse_readers(self.path)
+        else:
+            refuse_finished(self.path)
         os.makedirs(self.path, exist_ok=True)
         self._stack.enter_context(lock_shard(self.path, self._shard))
         with lock(self._in(LOCK), "is being set up by another builder", wait=True):
@@ -257,14 +263,11 @@ class DatastoreWriter:
             more: what else the manifest is to say (JSON).
 
         Raises:
-            UserError: if a chunk is not written yet, or the disk is full.
+            UserError: if a chunk is not written yet, *index* or *more* are not what a manifest may
+                say, or the disk is full.
         """
         with self._disk_errors_explained():
-            entries = {entry.chunk: entry for each in self._read_journals() for entry in each}
-            missing = len(self._ends) - len(entries)
-            if missing:
-                raise UserError(f"{self.path} cannot be finished: {missing} chunks are missing")
-            in_order = [entries[chunk] for chunk in range(len(self._ends))]
+            in_order = self._entries()
             manifest = make_manifest(
                 self.path,
                 self._arrays.layout,
@@ -277,8 +280,17 @@ class DatastoreWriter:
                 index,
                 {**self.settings, **more},
             )
+            refuse_faulty(self.path, manifest)
             write_atomically(self._in(MANIFEST), render(manifest))
             remove_traces(self.path)
+
+    def _entries(self) -> list[Entry]:
+        """What the journals say of each chunk, in their order."""
+        entries = {entry.chunk: entry for each in self._read_journals() for entry in each}
+        missing = len(self._ends) - len(entries)
+        if missing:
+            raise UserError(f"{self.path} cannot be finished: {missing} chunks are missing")
+        return [entries[chunk] for chunk in range(len(self._ends))]
 
     @property
     def work_path(self) -> str:
@@ -293,6 +305,17 @@ class DatastoreWriter:
     def keys(self) -> np.ndarray:
         """The keys as they are on the disk, shape (N, D), float16, memory-mapped."""
         return self._arrays.map(KEYS)
+
+    def key_checks(self) -> RowChecks:
+        """Compares keys, as they are read again, with what every shard has written.
+
+        Raises:
+            UserError: if a chunk is not written yet.
+            OSError: if they cannot be read.
+        """
+        shape, dtype = self._arrays.layout[KEYS]
+        checksums = [entry.keys_checksum for entry in self._entries()]
+        return RowChecks(self._in(KEYS), shape, dtype, self._ends, checksums)
 
     def values(self) -> np.ndarray:
         """The values as they are on the disk, shape (N,), memory-mapped."""

@@ -133,6 +133,13 @@ class KNNLMConfig(LanguageModelingConfig):
             "for it, exhaustively where the model is"
         },
     )
+    knn_verify: ChoiceEnum(["read", "off"]) = field(
+        default="read",
+        metadata={
+            "help": "'read': what is read of a datastore is compared with its checksums when it is "
+            "read first, a chunk of keys at a time; 'off': only by fairseq-knnlm-info --verify"
+        },
+    )
     knn_key: Optional[ChoiceEnum(list(KEY_TYPES))] = field(
         default=None,
         metadata={
@@ -257,7 +264,7 @@ def refuse_other_than_tuned(cfg, tuned: dict) -> None:
 
     Args:
         cfg: the task's part of the command line.
-        tuned (dict): from ``datastore.tuned_for``.
+        tuned (dict): from ``scoring.tuned_settings.settings_of_tuned``.
 
     Raises:
         UserError: naming all of them.

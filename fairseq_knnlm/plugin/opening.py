@@ -4,10 +4,12 @@ from fairseq import models
 from fairseq.models import FairseqLanguageModel
 from fairseq.models.transformer import TransformerDecoderBase
 
+from ..datastore.schema import require
 from ..datastore.tuned import tuned_for
 from ..errors import UserError
-from ..scoring.compatibility import refuse_unexpected_flags
+from ..scoring.compatibility import NEEDED_FIELDS, refuse_unexpected_flags
 from ..scoring.settings import AUTO, Settings, flag_of, starting_temperature
+from ..scoring.tuned_settings import settings_of_tuned
 from .config import datastore_paths, given_settings, refuse_other_than_tuned
 
 
@@ -31,17 +33,19 @@ def settings_and_retriever(args):
     from ..search.retriever import Retriever
 
     if args.knn_tuned:
-        tuned = tuned_for(paths)
-        refuse_other_than_tuned(args, tuned)
-        given = {name: tuned[name] for name in Settings._fields if name in tuned}
+        given = settings_of_tuned(tuned_for(paths), paths[0])
+        refuse_other_than_tuned(args, given)
     settings = Settings(**given)
     retriever = Retriever.open(
         paths,
+        verify=str(args.knn_verify) == "read",
         k=settings.k,
         nprobe=settings.nprobe,
         distances=settings.distances,
         device=str(args.knn_device),
     )
+    for datastore in retriever.datastores:
+        require(datastore.path, datastore.manifest, NEEDED_FIELDS, "the task knnlm_lm")
     fixed = ("knn_key", "knn_key_layer", "knn_metric", "knn_index")
     refuse_unexpected_flags(retriever, {flag_of(name): getattr(args, name) for name in fixed})
     if settings.temperature == AUTO:

@@ -7,6 +7,9 @@ import torch
 from ..encoding.key_extractor import KeyExtractor
 from ..errors import UserError
 
+# What the checks below compare: fields that a manifest must have for them.
+NEEDED_FIELDS = ("key", "metric", "model", "dictionary")
+
 if TYPE_CHECKING:  # FAISS is loaded where a datastore is opened: training needs none
     from ..search.retriever import Retriever
 

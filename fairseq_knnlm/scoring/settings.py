@@ -4,7 +4,7 @@ from typing import Callable, NamedTuple, Optional, Union
 
 from ..arguments import refuse
 from ..errors import UserError
-from ..fields import Kind, is_number, is_whole, one_of
+from ..fields import POSITIVE, Kind, brief, is_number, one_of, whole
 from ..options import DEFAULT_DISTANCES, DEFAULT_K, DEFAULT_NPROBE, DISTANCES
 from ..probability.continuous_cache import CACHE_METRICS
 from ..probability.mixture import ROUNDING
@@ -46,31 +46,28 @@ class Settings(NamedTuple):
     cache_reset: str = CACHE_RESETS[0]
 
 
+_WEIGHT = Kind("in [0, 1]", lambda value: is_number(value) and 0 <= value <= 1)
+# What each field of ``Settings`` may be, as a flag and in what ``fairseq-knnlm-tune`` stored.
+RANGES = {
+    "k": whole(1),
+    "knn_lambda": _WEIGHT,
+    "temperature": Kind(
+        f"{POSITIVE.expected}, or {AUTO}", lambda value: value == AUTO or POSITIVE.holds(value)
+    ),
+    "nprobe": whole(1),
+    "distances": one_of(DISTANCES),
+    "cache_size": whole(0, MOST_CACHED),
+    "cache_lambda": _WEIGHT,
+    "cache_theta": Kind("a finite number >= 0", lambda value: is_number(value) and value >= 0),
+    "cache_metric": one_of(CACHE_METRICS),
+    "cache_reset": one_of(CACHE_RESETS),
+}
+
+
 def flag_of(field: str) -> str:
     """The flag of a field of ``Settings`` or of the flags' dataclass: ``--knn-cache-size``."""
     name = field[len("knn_") :] if field.startswith("knn_") else field
     return f"--knn-{name.replace('_', '-')}"
-
-
-_AT_LEAST_1 = Kind(">= 1", lambda value: is_whole(value, 1))
-_WEIGHT = Kind("in [0, 1]", lambda value: is_number(value) and 0.0 <= value <= 1.0)
-_KINDS = {
-    "k": _AT_LEAST_1,
-    "knn_lambda": _WEIGHT,
-    "temperature": Kind(
-        f"a finite number > 0, or {AUTO}",
-        lambda value: value > 0.0 if is_number(value) else value == AUTO,
-    ),
-    "nprobe": _AT_LEAST_1,
-    "distances": one_of(DISTANCES),
-    "cache_size": Kind(
-        f">= 0 and at most {MOST_CACHED:,}", lambda value: is_whole(value, 0, MOST_CACHED)
-    ),
-    "cache_lambda": _WEIGHT,
-    "cache_theta": Kind("a finite number >= 0", lambda value: is_number(value) and value >= 0.0),
-    "cache_metric": one_of(CACHE_METRICS),
-    "cache_reset": one_of(CACHE_RESETS),
-}
 
 
 def range_faults(given: dict, name_of: Callable = flag_of) -> list[str]:
@@ -84,8 +81,8 @@ def range_faults(given: dict, name_of: Callable = flag_of) -> list[str]:
         list of str: for each fault the name, what it may be and what came.
     """
     return [
-        f"{name_of(name)} must be {kind.expected}, got {given[name]}"
-        for name, kind in _KINDS.items()
+        f"{name_of(name)} must be {kind.expected}, got {brief(given[name])}"
+        for name, kind in RANGES.items()
         if given.get(name) is not None and not kind.holds(given[name])
     ]
 

@@ -1,7 +1,7 @@
 """Exact distances over an index: by its lists for many queries, by its candidates for few."""
 
+import functools
 from collections.abc import Iterator
-from typing import Optional
 
 import numpy as np
 import torch
@@ -9,7 +9,7 @@ import torch
 from ..neighbors import Neighbors
 from .index_search import IndexSearch
 from .list_search import ListSearch
-from .searcher import Batch, gather
+from .searcher import Batch, CheckRows, gather, trust
 
 # Visiting each list once costs less than candidates for each query, for more neighbours than this
 # and at least one query for so many keys.
@@ -21,29 +21,29 @@ class ExactSearch:
     """Searches an index with distances computed from the stored keys (``searcher.Searcher``).
 
     Args:
-        path (str): file of the index.
+        index: a FAISS index.
         metric (str): ``l2`` or ``ip``.
         values (ndarray): shape (entries,), the token of each entry.
         keys (ndarray): shape (entries, D), float16, a memory-mapped ``.npy`` file.
         nprobe (int): inverted lists visited by each query.
         device (str): ``cpu`` or ``cuda``: where the index is.
+        check_rows (callable): see ``searcher.CheckRows``.
     """
 
     def __init__(
         self,
-        path: str,
+        index,
         metric: str,
         values: np.ndarray,
         keys: np.ndarray,
         nprobe: int = 32,
         device: str = "cpu",
+        check_rows: CheckRows = trust,
     ):
         self._count = len(keys)
-        self._by_candidates = IndexSearch(path, metric, values, nprobe, keys, device)
-        lists = self._by_candidates.lists
-        self._by_lists: Optional[ListSearch] = None
-        if lists is not None:
-            self._by_lists = ListSearch(keys, values, lists, metric)
+        self._by_candidates = IndexSearch(index, metric, values, nprobe, keys, device, check_rows)
+        self._lists = self._by_candidates.lists
+        self._of_lists = keys, values, self._lists, metric, check_rows
 
     def search(self, queries: torch.Tensor, k: int) -> Neighbors:
         """All batches as one, on the device of *queries*, see ``batches``."""
@@ -52,9 +52,14 @@ class ExactSearch:
     def batches(self, queries: torch.Tensor, k: int) -> Iterator[Batch]:
         """Search, see ``searcher.Searcher.batches``."""
         if (
-            self._by_lists is not None
+            self._lists is not None
             and k > FEW_NEIGHBORS
             and self._count <= KEYS_PER_QUERY * len(queries)
         ):
             return self._by_lists.batches(queries, k)
         return self._by_candidates.batches(queries, k)
+
+    @functools.cached_property
+    def _by_lists(self) -> ListSearch:
+        """Made when it is needed: it looks at keys everywhere, which few queries do not."""
+        return ListSearch(*self._of_lists)

@@ -15,7 +15,7 @@ import torch
 from ..neighbors import Neighbors
 from .near_pairs import center_of
 from .ordering import in_order
-from .searcher import Batch, gather
+from .searcher import Batch, CheckRows, gather, trust
 
 # Keys of one block.
 _KEYS = 1 << 16
@@ -39,13 +39,22 @@ class ExhaustiveSearch:
         device (torch.device): where the products are computed. Keys that fit in a GPU's memory stay
             there; others are copied to it by every search, each block while the one before it is
             compared.
+        check_rows (callable): see ``searcher.CheckRows``.
     """
 
-    def __init__(self, keys: np.ndarray, values: np.ndarray, metric: str, device: torch.device):
+    def __init__(
+        self,
+        keys: np.ndarray,
+        values: np.ndarray,
+        metric: str,
+        device: torch.device,
+        check_rows: CheckRows = trust,
+    ):
         self._keys = keys
+        self._check_rows = check_rows
         self._device = device
         self._is_l2 = metric == "l2"
-        self._center = torch.from_numpy(center_of(keys, metric)).to(device)
+        self._center = torch.from_numpy(center_of(keys, metric, check_rows)).to(device)
         self._values = torch.from_numpy(values.astype(np.int32)).to(device)
         self._resident = self._keys_on_gpu()
 
@@ -114,6 +123,7 @@ class ExhaustiveSearch:
 
         def read(number):
             block = self._keys[starts[number] : starts[number] + _KEYS]
+            self._check_rows(range(starts[number], starts[number] + len(block)))
             buffer = buffers[number % 2][: len(block)]
             buffer.numpy()[:] = block
             return buffer

@@ -12,6 +12,7 @@ from ..fields import one_of
 from ..options import METRICS
 from .factory import describe, make_index, training_rows
 from .faiss_import import faiss
+from .searcher import CheckRows, trust
 
 # The index is saved whenever so many rows, or this share of what it holds, have been added: an
 # interrupted build loses no more than that. With a share of a half, all the bytes that are ever
@@ -22,11 +23,12 @@ BLOCK_BYTES = 1 << 26
 _SEED = 1234
 
 
-def _blocks(keys: np.ndarray, start: int, stop: int) -> Iterator[np.ndarray]:
+def _blocks(keys: np.ndarray, start: int, stop: int, check_rows: CheckRows) -> Iterator[np.ndarray]:
     """Rows of *keys* as float32, in blocks of bounded memory."""
     step = max(1, BLOCK_BYTES // (4 * keys.shape[1]))
     for begin in range(start, stop, step):
         block = keys[begin : min(begin + step, stop)]
+        check_rows(range(begin, begin + len(block)))
         if isinstance(keys, np.memmap):  # mapped pages would stay in memory
             offset = keys.offset + begin * keys.strides[0]
             flat = np.fromfile(keys.filename, keys.dtype, block.size, offset=offset)
@@ -86,7 +88,13 @@ def _train(index, keys: np.ndarray, report) -> None:
 
 
 def build_index(
-    keys: np.ndarray, factory: str, metric: str, path: str, work_path: str, report=print
+    keys: np.ndarray,
+    factory: str,
+    metric: str,
+    path: str,
+    work_path: str,
+    report=print,
+    check_rows: CheckRows = trust,
 ) -> dict:
     """Train an index, add all keys in one sequential pass, and save it.
 
@@ -100,6 +108,7 @@ def build_index(
         path (str): file to write, atomically.
         work_path (str): directory for intermediate files.
         report (callable): takes a line of progress.
+        check_rows (callable): see ``searcher.CheckRows``.
 
     Returns:
         dict: description for the manifest.
@@ -121,7 +130,7 @@ def build_index(
     # leaves bytes of merged fast-scan codes uninitialised.
     while index.ntotal < len(keys):
         stop = part_end(index.ntotal, len(keys))
-        for block in _blocks(keys, index.ntotal, stop):
+        for block in _blocks(keys, index.ntotal, stop, check_rows):
             _add(index, block)
             report(f"indexed {index.ntotal:,} of {len(keys):,} keys")
         save(index, begun_path if stop < len(keys) else path)
@@ -184,5 +193,5 @@ def load(path: str):
     """
     try:
         return faiss.read_index(path)
-    except RuntimeError as error:
+    except (RuntimeError, MemoryError) as error:
         raise UserError(f"cannot read {path}: {str(error).splitlines()[-1]}") from None

@@ -11,11 +11,10 @@ from ..neighbors import Neighbors
 from .devices import GPU_MAX_K, to_gpu
 from .factory import inverted_file
 from .faiss_import import faiss
-from .index_build import load
 from .inverted_lists import InvertedLists
 from .keys_index import KeysIndex
 from .ordering import in_order, nearest_first
-from .searcher import Batch, as_array, gather, with_values
+from .searcher import Batch, CheckRows, as_array, gather, trust, with_values
 from .threads import one_thread_each, slices
 
 # How many candidates of the index get exact distances: at least so many, and a multiple of k that
@@ -44,29 +43,31 @@ class IndexSearch:
     exact distances decide.
 
     Args:
-        path (str): file of the index.
+        index: a FAISS index, from ``index_build.load`` or ``index_check.load_checked``.
         metric (str): ``l2`` or ``ip``.
         values (ndarray): shape (entries,), the token of each entry.
         nprobe (int): inverted lists visited by each query; all where the index has fewer.
         keys (ndarray): shape (entries, D), float16, a memory-mapped ``.npy`` file: distances are
             exact. None: they are as the index has them.
         device (str): ``cpu`` or ``cuda``.
+        check_rows (callable): see ``searcher.CheckRows``.
     """
 
     def __init__(
         self,
-        path: str,
+        index,
         metric: str,
         values: np.ndarray,
         nprobe: int = 32,
         keys: Optional[np.ndarray] = None,
         device: str = "cpu",
+        check_rows: CheckRows = trust,
     ):
-        index = load(path)
         self._metric = metric
         self._values = values
         self._nprobe = nprobe
         self._device_values: Optional[torch.Tensor] = None
+        self._check_rows = check_rows
         self._on_gpu = device == "cuda"
         self._params = _search_params(index, nprobe)
         self._compares_all = isinstance(index, faiss.IndexFlat)
@@ -128,6 +129,8 @@ class IndexSearch:
             index, order = self._refined, self._list_order(queries)
         distances, ids = (part[: len(queries)] for part in room)
         index.search(queries[order], count, D=distances, I=ids, params=params)
+        if self._keys is not None:  # FAISS has read the keys of these, and of no others
+            self._check_rows(ids)
         if self._metric == "ip":
             np.negative(distances, out=distances)
         if (ids[:, -1:] < 0).any():  # nearest first, so the last tells

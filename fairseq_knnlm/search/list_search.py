@@ -33,7 +33,7 @@ from .list_blocks import (
     queries_of_block,
 )
 from .nearest import SAMPLE, Nearest, room, sampled_rank
-from .searcher import Batch, as_array, gather, with_values
+from .searcher import Batch, CheckRows, as_array, gather, trust, with_values
 from .threads import one_thread_each, slices
 
 
@@ -47,10 +47,19 @@ class ListSearch:
         values (ndarray): shape (entries,), the token of each entry.
         lists (InvertedLists): the rows of *keys* in each list, and which lists a query probes.
         metric (str): ``l2`` or ``ip``.
+        check_rows (callable): see ``searcher.CheckRows``.
     """
 
-    def __init__(self, keys: np.ndarray, values: np.ndarray, lists: InvertedLists, metric: str):
+    def __init__(
+        self,
+        keys: np.ndarray,
+        values: np.ndarray,
+        lists: InvertedLists,
+        metric: str,
+        check_rows: CheckRows = trust,
+    ):
         self._keys = keys.view(np.ndarray)  # indexing a memmap is slower
+        self._check_rows = check_rows
         self._values = values
         self._lists = lists
         self._metric = metric
@@ -58,7 +67,7 @@ class ListSearch:
         self._dtype = near_pairs.rounded_type()
         self._columns = near_pairs.columns(keys.shape[1])
         self._keys_of_block = keys_of_block(self._columns)
-        self._center = near_pairs.center_of(self._keys, metric)
+        self._center = near_pairs.center_of(self._keys, metric, check_rows)
         self._of_thread = threading.local()
         self._workspace = Workspace()
 
@@ -187,6 +196,7 @@ class ListSearch:
 
     def _read(self, ids: np.ndarray, scratch: Scratch) -> tuple[np.ndarray, torch.Tensor]:
         """Keys in float32, relative to the center, and the right side of their products."""
+        self._check_rows(ids)
         stored, keys = scratch.stored[: len(ids)], scratch.keys[: len(ids)]
         self._keys.take(ids, axis=0, out=stored, mode="clip")
         torch.from_numpy(keys).copy_(torch.from_numpy(stored))  # numpy converts slower

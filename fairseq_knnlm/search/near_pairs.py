@@ -14,6 +14,8 @@ the same form. Where only the sign is read, the product may be rounded too: that
 import numpy as np
 import torch
 
+from .searcher import CheckRows, trust
+
 # Beside the D of a key: 3 for a query's own term, 3 for a key's, 1 for rounding.
 _TERMS = 7
 # CPUs multiply matrices in tiles of so many columns.
@@ -85,7 +87,7 @@ def are_near(products: torch.Tensor) -> np.ndarray:
     return products.view(integers).numpy() < 0
 
 
-def center_of(keys: np.ndarray, metric: str) -> np.ndarray:
+def center_of(keys: np.ndarray, metric: str, check_rows: CheckRows = trust) -> np.ndarray:
     """What keys and queries are taken relative to, shape (D,), float32.
 
     Squared L2 from norms and products is a small difference of large numbers, which has few digits,
@@ -94,10 +96,13 @@ def center_of(keys: np.ndarray, metric: str) -> np.ndarray:
     Args:
         keys (ndarray): shape (N, D), float16.
         metric (str): ``l2``, or ``ip``, for which it is 0.
+        check_rows (callable): see ``searcher.CheckRows``.
     """
     if metric != "l2":
         return np.zeros(keys.shape[1], dtype=np.float32)
-    sample = keys[:: max(1, len(keys) // _OF_CENTER)]
+    rows = range(0, len(keys), max(1, len(keys) // _OF_CENTER))
+    check_rows(rows)
+    sample = keys[:: rows.step]
     return np.asarray(sample.mean(axis=0, dtype=np.float32))
 
 

@@ -7,6 +7,7 @@ from typing import Optional
 import torch
 
 from ..datastore.datastore import Datastore
+from ..datastore.schema import require
 from ..errors import UserError
 from ..fields import is_whole
 from ..neighbors import Neighbors
@@ -14,6 +15,7 @@ from ..options import DEFAULT_DISTANCES, DEFAULT_K, DEFAULT_NPROBE, DEVICES, DIS
 from .devices import choose_device
 from .exact_search import ExactSearch
 from .exhaustive_search import ExhaustiveSearch
+from .index_check import load_checked
 from .index_search import IndexSearch
 from .searcher import Batch, Searcher, gather
 from .several import SeveralSearch
@@ -49,6 +51,8 @@ class Retriever:
     ):
         self.datastores = list(datastores)
         _check_arguments(self.datastores, k, nprobe, distances, device)
+        for datastore in self.datastores:
+            require(datastore.path, datastore.manifest, ["metric"], "searching")
         _refuse_differing(self.datastores)
         self.k = k
         self.nprobe = nprobe
@@ -64,11 +68,12 @@ class Retriever:
         self._searcher: Optional[Searcher] = None
 
     @classmethod
-    def open(cls, paths: Sequence[str], **settings) -> "Retriever":
+    def open(cls, paths: Sequence[str], verify: bool = True, **settings) -> "Retriever":
         """Open datastores for searching.
 
         Args:
             paths (list of str): their directories.
+            verify (bool): compare what is read with its checksum, see ``Datastore.open``.
             settings: arguments of the constructor.
 
         Raises:
@@ -78,7 +83,7 @@ class Retriever:
             raise UserError(
                 f"Retriever.open: paths must be a list of directories, got {os.fspath(paths)!r}"
             )
-        return cls([Datastore.open(path) for path in paths], **settings)
+        return cls([Datastore.open(path, verify) for path in paths], **settings)
 
     def __len__(self) -> int:
         return sum(len(datastore) for datastore in self.datastores)
@@ -178,15 +183,16 @@ class Retriever:
 
     def _load_one(self, datastore: Datastore, index_device: str, queries_device) -> Searcher:
         keys, values, metric = datastore.keys, datastore.values, self.metric
+        check_rows = datastore.check_rows
         if self.distances == "exhaustive":
             # "cuda" without a number is the GPU of this process
             auto = self._device == "auto"
             device = queries_device if auto else torch.device(self._device)
-            return ExhaustiveSearch(keys, values, metric, device)
-        path = datastore.index_path
+            return ExhaustiveSearch(keys, values, metric, device, check_rows)
+        index = load_checked(datastore)
         if self.distances == "index":
-            return IndexSearch(path, metric, values, self.nprobe, device=index_device)
-        return ExactSearch(path, metric, values, keys, self.nprobe, index_device)
+            return IndexSearch(index, metric, values, self.nprobe, device=index_device)
+        return ExactSearch(index, metric, values, keys, self.nprobe, index_device, check_rows)
 
 
 def _check_arguments(datastores, k, nprobe, distances, device) -> None:
@@ -208,8 +214,9 @@ def _refuse_differing(datastores: Sequence[Datastore]) -> None:
     first = datastores[0]
     for other in datastores[1:]:
         for name in _COMMON:
-            if other.manifest[name] != first.manifest[name]:
+            values = first.manifest.get(name), other.manifest.get(name)
+            if values[0] != values[1]:
                 raise UserError(
                     f"the datastores cannot be searched as one: the {name} of {first.path} is "
-                    f"{first.manifest[name]}, of {other.path} {other.manifest[name]}"
+                    f"{values[0]}, of {other.path} {values[1]}"
                 )

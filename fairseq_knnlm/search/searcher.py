@@ -15,7 +15,7 @@ MB that are still in the processor's cache when probabilities are made of it.
 """
 
 from collections.abc import Iterable, Iterator
-from typing import Protocol
+from typing import Callable, Protocol, Union
 
 import numpy as np
 import torch
@@ -24,6 +24,14 @@ from ..neighbors import Neighbors
 
 # Consecutive rows of the queries, and their neighbours.
 Batch = tuple[slice, Neighbors]
+
+# Called with ids, a range or an array, whose keys a search reads; refuses damaged ones. Those that
+# are less than 0 are of no key.
+CheckRows = Callable[[Union[range, np.ndarray]], None]
+
+
+def trust(ids) -> None:
+    """The ``CheckRows`` of keys that need no check."""
 
 
 class Searcher(Protocol):

@@ -23,7 +23,7 @@ Whether keys that equal the drawn one count as its neighbours makes no differenc
 import numpy as np
 import torch
 
-from ..search.index_build import read_rows
+from ..search.index_build import load, read_rows
 from ..search.index_search import IndexSearch
 from .grid import best
 from .knn_sweep import sweep
@@ -56,7 +56,7 @@ def find_temperature(
     rng = np.random.default_rng(_SEED)
     rows = np.sort(rng.choice(len(keys), min(QUERIES, len(keys)), replace=False))
     k = min(NEIGHBORS, len(keys))
-    index = IndexSearch(index_path, metric, values, nprobe)
+    index = IndexSearch(load(index_path), metric, values, nprobe)
     neighbors = index.search(torch.from_numpy(read_rows(keys, rows)), k)
     itself = neighbors.ids == torch.from_numpy(rows).unsqueeze(1)
     targets = torch.from_numpy(values[rows].astype(np.int64))

@@ -82,10 +82,11 @@ def test_verify_names_the_damaged_range(copy, name, row_bytes):
 
 
 def test_verify_names_the_damaged_range_of_a_long_index(copy, monkeypatch):
-    monkeypatch.setattr(files, "SEGMENT_BYTES", 10)
     (copy / INDEX).write_bytes(bytes(range(25)))
-    entry = {"size_bytes": 25, "checksums": files.file_checksums(copy / INDEX)}
+    parts = [bytes(range(10)), bytes(range(10, 20)), bytes(range(20, 25))]
+    entry = {"size_bytes": 25, "checksums": [files.checksum(part) for part in parts]}
     edit_manifest(copy, lambda manifest: manifest["files"].update({INDEX: entry}))
+    monkeypatch.setattr(files, "SEGMENT_BYTES", 10)
     flip_byte(copy / INDEX, 21)
     assert list(Datastore.open(copy).verify()) == [f"{INDEX}: damaged between bytes 20 and 24"]
 

@@ -209,7 +209,7 @@ def test_two_builders_do_not_wait_for_each_other_to_build_the_index(tmp_path):
     "changed, sides",
     [
         ({"metric": "ip"}, ['metric was "l2", is "ip"']),
-        ({"key": {"type": "output", "layer": 0}}, ["ffn-input", "output"]),
+        ({"key": {"type": "output", "layer": 0, "layers": 2}}, ["ffn-input", "output"]),
         ({"model": {"sha256": "f" * 64, "parameters": 9}}, ["model was", "aaa", "fff"]),
         ({"options": {"num_shards": 2}}, ["num_shards was 1, is 2"]),
         ({"dtype": np.uint16}, ["uint8", "uint16"]),

@@ -6,6 +6,7 @@ import numpy as np
 import torch
 
 from fairseq_knnlm.search.exact_search import ExactSearch
+from fairseq_knnlm.search.index_build import load
 from fairseq_knnlm.search.index_search import IndexSearch
 
 
@@ -32,7 +33,7 @@ def search_index(path, metric, keys, queries, k, nprobe, device="cpu"):
     """The k nearest by an index: with exact distances where *keys* are given, else its own."""
     values = values_for(1 << 16)
     if keys is None:
-        searcher = IndexSearch(path, metric, values, nprobe, device=device)
+        searcher = IndexSearch(load(path), metric, values, nprobe, device=device)
     else:
-        searcher = ExactSearch(path, metric, values, keys, nprobe, device)
+        searcher = ExactSearch(load(path), metric, values, keys, nprobe, device)
     return as_arrays(searcher.search(torch.from_numpy(queries), k))

@@ -48,7 +48,7 @@ def test_defaults_are_in_range():
 def test_what_is_out_of_range_is_named(name, value, expected):
     (fault,) = range_faults({"k": 5, name: value})
     assert fault.startswith(f"{flag_of(name)} must be ")
-    assert expected.replace("\\", "") in fault and fault.endswith(f"got {value}")
+    assert expected.replace("\\", "") in fault and fault.endswith(f"got {value!r}")
 
 
 def test_a_temperature_may_be_left_to_the_datastore():

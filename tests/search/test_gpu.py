@@ -10,7 +10,7 @@ from helpers.small import all_distances, assert_nearest, quiet, random_keys
 from fairseq_knnlm.search import exhaustive_search
 from fairseq_knnlm.search.devices import gpu_available
 from fairseq_knnlm.search.exhaustive_search import ExhaustiveSearch
-from fairseq_knnlm.search.index_build import build_index
+from fairseq_knnlm.search.index_build import build_index, load
 from fairseq_knnlm.search.index_search import IndexSearch
 from fairseq_knnlm.search.retriever import Retriever
 
@@ -49,7 +49,7 @@ def test_tensors_find_what_arrays_find(keys, tmp_path, metric):
     path = str(tmp_path / "index.faiss")
     build_index(keys, "IVF64,PQ16", metric, path, str(tmp_path / "work"), quiet)
     queries = random_keys(2, 300, DIMENSION).astype(np.float32)
-    index = IndexSearch(path, metric, values_for(COUNT), 16, device="cuda")
+    index = IndexSearch(load(path), metric, values_for(COUNT), 16, device="cuda")
     arrays = as_arrays(index.search(torch.from_numpy(queries), 20))
     on_gpu = index.search(torch.from_numpy(queries).cuda(), 20)
     assert all(part.is_cuda for part in on_gpu)

@@ -11,7 +11,7 @@ from fairseq_knnlm.errors import UserError
 from fairseq_knnlm.probability.metrics import recall_at_k
 from fairseq_knnlm.search import devices
 from fairseq_knnlm.search.devices import choose_device
-from fairseq_knnlm.search.index_build import build_index
+from fairseq_knnlm.search.index_build import build_index, load
 from fairseq_knnlm.search.index_search import IndexSearch
 from fairseq_knnlm.search.keys_index import KeysIndex
 
@@ -192,7 +192,7 @@ def test_a_gpu_is_used_for_what_it_can_do(monkeypatch, factory, k, nprobe, obsta
 @pytest.mark.parametrize("factory", ["Flat", "IVF16,Flat", "OPQ8,IVF16,PQ8", "IVF16,PQ8x4fs"])
 def test_tensors_find_what_arrays_find(queries, index_path, factory, metric):
     for nprobe in (1, 16):  # one list has fewer than 300 keys
-        searcher = IndexSearch(index_path(factory, metric), metric, values_for(COUNT), nprobe)
+        searcher = IndexSearch(load(index_path(factory, metric)), metric, values_for(COUNT), nprobe)
         found = searcher.search(torch.from_numpy(queries), 300)
         batches = list(searcher._device_batches(torch.from_numpy(queries), 300))
         assert [rows for rows, _ in batches] == [slice(0, len(queries))]
