@@ -48,12 +48,14 @@ def test_best_weights_of_two_against_a_fine_grid(seed):
     assert result.sum() == 1.0
 
 
-def test_best_weights_leave_out_rows_of_nan():
+@pytest.mark.parametrize("undefined", [(1,), (2,), (1, 2)])
+def test_best_weights_leave_out_rows_of_nan(undefined):
     rng = torch.Generator().manual_seed(2)
     log_probs = torch.rand(3, 500, generator=rng).log()
     expected = best_weights(log_probs)
     rows = torch.rand(3, 200, generator=rng).log()
-    rows[1, ::2], rows[2, 1::2] = NAN, NAN
+    for first, number in enumerate(undefined):
+        rows[number, first :: len(undefined)] = NAN
     assert best_weights(torch.cat([rows, log_probs], dim=1)) == pytest.approx(expected)
 
 

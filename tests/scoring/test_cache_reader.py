@@ -8,14 +8,15 @@ from helpers.oracle import one_token_at_a_time
 from fairseq_knnlm.probability.continuous_cache import ContinuousCache
 from fairseq_knnlm.scoring.cache_reader import CacheReader
 
-EOS, SIZE, THETA = 0, 40, 0.3
+EOS, SIZE, THETA = 2, 40, 0.3
 
 
 def make_text(count=300):
-    """States and tokens, with lines of any length, most of them very short."""
+    """States and tokens, with lines of any length, most of them very short, the first one empty."""
     rng = torch.Generator().manual_seed(6)
-    targets = torch.randint(1, 5, (count,), generator=rng)
+    targets = torch.randint(3, 8, (count,), generator=rng)
     targets[torch.rand(count, generator=rng) < 0.45] = EOS
+    targets[0], targets[1:4] = EOS, 5
     return torch.randn(count, 4, generator=rng), targets
 
 
