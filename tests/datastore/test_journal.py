@@ -23,7 +23,7 @@ from helpers.writing import (
 
 from fairseq_knnlm import files
 from fairseq_knnlm.datastore import Datastore, arrays, journal
-from fairseq_knnlm.datastore.journal import lock, refuse_finished
+from fairseq_knnlm.datastore.journal import LOCK, lock, refuse_finished
 from fairseq_knnlm.datastore.manifest import INDEX, KEYS, MANIFEST, POSITIONS, TUNED, VALUES
 from fairseq_knnlm.errors import UserError
 
@@ -235,6 +235,20 @@ def test_a_lock_is_refused_or_waited_for(tmp_path):
         pass
 
 
+def test_builders_that_begin_together_wait_for_each_other(tmp_path):
+    """One of them makes the files, which takes a moment; the other is not refused for it."""
+    (tmp_path / "d").mkdir()
+    here, there = fork.Pipe()
+    lock_path = str(tmp_path / "d" / LOCK)
+    child = fork.Process(target=hold_lock, args=(lock_path, there), daemon=True)
+    child.start()
+    assert here.recv() == "held"
+    threading.Timer(0.2, here.send, ["end"]).start()
+    with open_writer(tmp_path / "d"):
+        assert here.poll(), "it did not wait"
+    child.join()
+
+
 def test_two_builders_do_not_wait_for_each_other_to_build_the_index(tmp_path):
     with open_writer(tmp_path / "d") as writer:
         write_chunks(writer, *make_rows(), SIZES)
@@ -254,11 +268,13 @@ def test_two_builders_do_not_wait_for_each_other_to_build_the_index(tmp_path):
         ({"key": {"type": "output", "layer": 0}}, ["ffn-input", "output"]),
         ({"model": {"sha256": "f" * 64, "parameters": 9}}, ["model was", "aaa", "fff"]),
         ({"options": {"num_shards": 2}}, ["num_shards was 1, is 2"]),
-        ({"dtype": np.uint16}, ["uint8", "uint16"]),
+        ({"dtype": np.uint16}, ['dtype was "uint8", is "uint16"']),
+        ({"metric": "ip", "index": {"factory": "IVF4,PQ4"}}, ['metric was "l2", is "ip"']),
     ],
 )
 def test_other_settings_than_it_was_begun_with_are_refused(tmp_path, changed, sides):
     begin(tmp_path / "d", [0, 1])
+    (tmp_path / "d" / "index.building").mkdir()
     before = contents(tmp_path / "d")
     with pytest.raises(UserError, match="--overwrite") as caught:
         with open_writer(tmp_path / "d", **changed):
@@ -266,6 +282,7 @@ def test_other_settings_than_it_was_begun_with_are_refused(tmp_path, changed, si
     assert all(side in str(caught.value) for side in sides)
     after = contents(tmp_path / "d")
     assert {name: after[name] for name in before} == before
+    assert (tmp_path / "d" / "index.building").exists()
 
 
 def test_other_text_than_it_was_begun_with_is_refused(tmp_path):

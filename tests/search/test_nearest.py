@@ -9,7 +9,7 @@ import pytest
 from fairseq_knnlm.search.nearest import SAMPLE, Nearest, room, sampled_rank
 from fairseq_knnlm.search.ordering import NO_ENTRY
 
-COUNT, KEYS = 23, 400
+COUNT, KEYS = 23, 3000
 
 
 @pytest.fixture
@@ -23,7 +23,7 @@ def pool():
         yield pool
 
 
-def blocks_of(rng, distances, block_keys=50, some=0.5):
+def blocks_of(rng, distances, block_keys=700, some=0.8):
     """Cut all pairs into blocks of queries and keys, as a list search finds them.
 
     Yields:
@@ -63,7 +63,9 @@ def test_keeps_the_k_nearest_whatever_room_there_is(rng, pool, k, spare):
 
 def test_fewer_than_k_are_followed_by_nothing(rng, pool):
     nearest = Nearest(4, np.full(2, np.inf, np.float32), np.zeros((2, 9), np.uint64))
-    nearest.add(np.array([1]), np.zeros(2, int), np.array([3.0, 1.0], np.float32), np.array([7, 8]))
+    # the last query of the block has no pair
+    queries, distances = np.array([1, 0]), np.array([3.0, 1.0], np.float32)
+    nearest.add(queries, np.zeros(2, int), distances, np.array([7, 8]))
     nearest.sort(pool)
     distances, ids = nearest.of(slice(0, 2))
     assert ids.tolist() == [[-1] * 4, [8, 7, -1, -1]]

@@ -44,7 +44,8 @@ def test_tensors_give_the_same(signs):
 
 
 def test_what_is_packed_is_unpacked_again():
-    numbers = [-np.inf, -3e38, -1.5, -1e-42, 0.0, 1e-42, 7.25, 3e38]
+    next_to = np.nextafter(np.float32(-1.5), np.float32(0))
+    numbers = [-np.inf, -3e38, -1.5, next_to, -1e-42, 0.0, 1e-42, 7.25]
     distances = np.array([numbers, numbers[::-1]], dtype=np.float32)
     ids = np.array([np.arange(8), MAX_KEYS - 1 - np.arange(8)])
     packed = pack(distances, ids)
@@ -62,8 +63,9 @@ def test_where_there_is_no_entry_it_comes_last():
     found = nearest_first(distances, ids, 4)
     assert found[0].tolist() == [[-1.0, 2.0, np.inf, np.inf], [1.0, 2.0, 3.0, 4.0]]
     assert found[1].tolist() == [[6, 5, -1, -1], [4, 3, 2, 1]]
-    nothing = unpack(np.full((1, 3), NO_ENTRY))
-    assert nothing[0].tolist() == [[np.inf] * 3] and nothing[1].tolist() == [[-1] * 3]
+    for width in (1, 3):
+        nothing = unpack(np.full((1, width), NO_ENTRY))
+        assert [part.tolist() for part in nothing] == [[[np.inf] * width], [[-1] * width]]
 
 
 def test_no_rows():

@@ -190,18 +190,43 @@ def test_thetas_are_powers_of_two_about_the_variance_and_closer_around_the_best(
     assert len(thetas) == 8 + 4
 
 
-@pytest.mark.parametrize("with_knn", [False, True])
-def test_thetas_that_never_get_better_come_to_an_end(with_knn):
-    """The state that the same token followed is the farthest: the lower theta is, the better."""
-    targets, signs = torch.arange(70) % 7, (-1.0) ** (torch.arange(70) // 7)
-    states = torch.nn.functional.one_hot(targets) * signs.unsqueeze(1)
-    log_p = torch.full((70,), -3.0)
-    data = TuningData(log_p, None, None, targets, None, None, states)
-    sweep = CacheSweep(data, "ip", False, log_p - 1 if with_knn else None)
+def signed(signs, other_norm=30.0):
+    """A text in which each of seven tokens follows its own state, of one sign or the other."""
+    targets = torch.arange(70) % 7
+    states = torch.nn.functional.one_hot(targets, 8) * signs.unsqueeze(1)
+    states[0, 7] = other_norm  # makes the variance large, and is like no other
+    return TuningData(torch.full((70,), -3.0), None, None, targets, None, None, states)
+
+
+SAME, OTHER = torch.ones(70), (-1.0) ** (torch.arange(70) // 7)
+
+
+@pytest.mark.parametrize(
+    "signs, other_norm, end, lowest", [(OTHER, 30.0, 0, -13), (SAME, 2000.0, -1, -1)]
+)
+def test_thetas_that_go_on_getting_better_come_to_an_end(signs, other_norm, end, lowest):
+    """The state that the same token followed is the farthest, or the nearest."""
+    data = signed(signs, other_norm)
+    sweep = CacheSweep(data, "ip", keep_apart=False)
     sweep.run([7])
     thetas = tried_thetas(sweep.alone)
-    assert len(thetas) == 8 + 12 + 4
-    assert thetas[0] == best(sweep.with_knn or sweep.alone).cache_theta
+    assert len(thetas) == len(sweep.alone) == 8 + 12 + 4
+    assert thetas[end] == best(sweep.alone).cache_theta
+    middle = 1 / data.queries.numpy().var(axis=0).sum()
+    for exponent in range(lowest, lowest + 20):
+        assert min(abs(theta / (middle * 2.0**exponent) - 1) for theta in thetas) < 1e-3
+
+
+def test_with_neighbours_thetas_are_those_that_are_best_beside_them():
+    """Neighbours know the tokens for which a high theta is best."""
+    data = signed(torch.cat([SAME[:35], OTHER[35:]]))
+    log_p_knn = torch.zeros(70)
+    log_p_knn[35:] = -math.inf
+    sweep = CacheSweep(data, "ip", False, log_p_knn)
+    sweep.run([7])
+    thetas = tried_thetas(sweep.with_knn)
+    assert thetas[0] == best(sweep.with_knn).cache_theta < best(sweep.alone).cache_theta
+    assert len(thetas) == len(sweep.with_knn) == 8 + 12 + 4
 
 
 def test_states_that_are_all_the_same_have_thetas_too():
@@ -224,11 +249,13 @@ def test_weights_are_never_1_together():
     (point,) = sweep.with_knn
     assert (point.knn_lambda, point.cache_lambda) == (0.9999, 0.0)
     assert point.perplexity < 1.001
-    data = data._replace(targets=torch.zeros_like(targets))
-    sweep = CacheSweep(data, "ip", False, log_p_knn.fill_(-0.1))
+    # of half of the tokens only the neighbours know, of the others only the cache
+    targets[: count // 2], log_p_knn[: count // 2] = 0, -math.inf
+    sweep = CacheSweep(data, "ip", False, log_p_knn)
     sweep.run([1], [1.0])
-    for point in sweep.alone + sweep.with_knn:
-        assert point.knn_lambda + point.cache_lambda == pytest.approx(0.9999, abs=1e-12)
+    (point,) = sweep.with_knn
+    assert point.knn_lambda == pytest.approx(0.5, abs=1e-3)
+    assert point.knn_lambda + point.cache_lambda == pytest.approx(0.9999, abs=1e-12)
 
 
 def test_thetas_go_on_while_the_best_is_at_an_end():

@@ -199,6 +199,9 @@ def test_temperatures_are_refined_around_the_best():
     assert set(powers) < set(tried)
     place = tried.index(best(points).temperature)
     assert tried[place + 1] / tried[place - 1] == pytest.approx(2**0.5, rel=1e-4)
+    in_order = list(dict.fromkeys(point.temperature for point in points))
+    for lower, higher, factor in ((-4, -3, 2.0), (-2, -1, 2**0.5)):
+        assert in_order[higher] / in_order[lower] == pytest.approx(factor, rel=1e-4)
 
 
 @pytest.mark.parametrize("scale", [1e-5, 1.0, 1e7])
@@ -280,9 +283,9 @@ def test_settings_can_be_typed_as_flags():
 
 def test_best_of_each_k():
     points = [
-        KNNGridPoint(2, 1.0, 0.1, 9.0),
-        KNNGridPoint(1, 1.0, 0.2, 8.0),
-        KNNGridPoint(2, 3.0, 0.3, 7.0),
+        KNNGridPoint(1024, 1.0, 0.1, 9.0),
+        KNNGridPoint(8, 1.0, 0.2, 8.0),
+        KNNGridPoint(1024, 3.0, 0.3, 7.0),
     ]
     assert best_of_each_k(points) == [points[1], points[2]]
     assert best(points) == points[2]
