@@ -153,7 +153,7 @@ def log_shares(scores, matches, scale: float) -> torch.Tensor:
     weights = (scores - _finite(best)).mul_(scale).clamp_(min=LEAST_LOG_WEIGHT).exp_()
     total = weights.sum(dim=1)
     matched = weights.mul_(matches).sum(dim=1)
-    shares = (matched / total).log_().clamp_(max=0.0)
+    shares = (matched / total).log_()
     raised = scores.size(1) * math.exp(LEAST_LOG_WEIGHT) / torch.finfo(torch.float32).eps
     (far,) = ((matched > 0) & (matched < raised)).nonzero(as_tuple=True)
     if len(far):

@@ -63,15 +63,15 @@ def in_pieces(cache, states, targets, bounds, resets=()):
 
 
 @pytest.mark.parametrize("metric", ["ip", "l2"])
-@pytest.mark.parametrize("resets", [(), (0, 5, 6, 300)], ids=["one-text", "documents"])
-@pytest.mark.parametrize("bounds", [[0, 0, 1, 300, 301, 700], [0, 40, 700]], ids=len)
+@pytest.mark.parametrize("resets", [(), (0, 5, 6, 150)], ids=["one-text", "documents"])
+@pytest.mark.parametrize("bounds", [[0, 0, 1, 150, 151, 350], [0, 40, 350]], ids=len)
 @pytest.mark.parametrize("products", [1 << 20, 1700], ids=["large blocks", "small blocks"])
 def test_equals_one_token_at_a_time_whatever_the_pieces(
     metric, resets, bounds, products, monkeypatch
 ):
     monkeypatch.setattr(continuous_cache, "_MAX_PRODUCTS", products)
     monkeypatch.setattr(continuous_cache, "_MIN_ROWS", 3)
-    states, targets = make_text(700)
+    states, targets = make_text(350)
     sizes, thetas = [100, 7, 1, 10**15], [0.0, 0.3, 20.0]
     result = in_pieces(ContinuousCache(sizes, thetas, metric), states, targets, bounds, resets)
     for theta, of_sizes in zip(thetas, result):
