@@ -226,6 +226,7 @@ def test_with_neighbours_thetas_are_those_that_are_best_beside_them():
     sweep.run([7])
     thetas = tried_thetas(sweep.with_knn)
     assert thetas[0] == best(sweep.with_knn).cache_theta < best(sweep.alone).cache_theta
+    assert thetas[0] < 2.0**-12 / data.queries.numpy().var(axis=0).sum()
     assert len(thetas) == len(sweep.with_knn) == 8 + 12 + 4
 
 
