@@ -89,7 +89,7 @@ class ContinuousCache:
         sizes = self._sizes.clip(max=max(1, past + len(targets)))
         bounds, order = np.unique(sizes, return_inverse=True)
         size = int(bounds[-1])
-        ages = self._ages(len(targets), resets).clip(max=size)
+        ages = self._ages(len(targets), resets)
         states, values = self._with_past(states.float(), targets, size - past)
         if self._thetas is None:
             self._thetas = [(0.5 if self.metric == "l2" else 1.0) / math.sqrt(states.size(1))]

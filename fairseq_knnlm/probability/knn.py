@@ -76,7 +76,6 @@ def vocabulary_log_probs(distances, values, vocabulary_size: int, temperature: f
     nearest.clamp_(min=torch.finfo(torch.float32).min)
     weights = (log_weights - nearest.gather(1, values)).exp_()
     log_sums = torch.zeros_like(nothing).scatter_add_(1, values, weights).log_().add_(nearest)
-    # without any neighbour this is -inf - -inf: nan
     return log_sums.sub_(log_weights.logsumexp(dim=1, keepdim=True)).clamp_(max=0.0)
 
 
@@ -93,15 +92,15 @@ def knn_weights(distances, temperature: float = 1.0):
     Raises:
         UserError: if temperature <= 0.
     """
-    # a query without any neighbour has 0 / 0
+    # a query without any neighbour has nan
     return _log_weights(distances, temperature).softmax(dim=1).nan_to_num_(nan=0.0)
 
 
 def _log_weights(distances, temperature: float):
-    """-d / T up to a constant of each row."""
+    """-d / T up to a constant of each row; nan in a row without any neighbour."""
     temperature = _bounded(temperature)
     # relative to the nearest: float32 has few digits left for differences of large distances
-    nearest = distances.float().amin(dim=1, keepdim=True).nan_to_num_(posinf=0.0)
+    nearest = distances.float().amin(dim=1, keepdim=True)
     return (nearest - distances).div_(temperature)
 
 

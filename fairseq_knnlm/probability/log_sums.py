@@ -31,8 +31,8 @@ class LogShares:
         matches (BoolTensor): shape (N, n), whether an entry has the target of its row.
         lowest (bool): whether the lowest score is the best (distances, scales < 0) or the highest
             (products, scales > 0).
-        segments (sequence of slice): columns; shares are of the first segment, of the first two
-            together and so on. None: one of all columns.
+        segments (sequence of slice): columns, each column in one of them; shares are of the first
+            segment, of the first two together and so on. None: one of all columns.
         best_first (bool): whether the scores of each row are in order, the best in the first
             segment. All segments are then summed relative to it, which takes less time.
         overwrite (bool): whether *scores* may be overwritten, which saves time for several scales.
@@ -63,7 +63,6 @@ class LogShares:
             # Where there is nothing the share is not defined; where nothing matches, any number
             # will do, for the sum of its weights is 0.
             offset = _finite(self._match_level).sub_(self._reference)
-            offset.masked_fill_(self._match_level.isinf(), 0.0)
             self._offset = offset.masked_fill_(self._level.isinf(), math.nan)
 
     def __len__(self) -> int:
@@ -154,7 +153,7 @@ def log_shares(scores, matches, scale: float) -> torch.Tensor:
     weights = (scores - _finite(best)).mul_(scale).clamp_(min=LEAST_LOG_WEIGHT).exp_()
     total = weights.sum(dim=1)
     matched = weights.mul_(matches).sum(dim=1)
-    shares = (matched / total).log_().clamp_(max=0.0)
+    shares = (matched / total).log_()
     raised = scores.size(1) * math.exp(LEAST_LOG_WEIGHT) / torch.finfo(torch.float32).eps
     (far,) = ((matched > 0) & (matched < raised)).nonzero(as_tuple=True)
     if len(far):

@@ -61,7 +61,7 @@ def mix(
     _refuse_impossible(knn_lambda, cache_lambda, log_p_cache is not None)
     mixed = log_p_lm.float()
     if log_p_knn is not None and _may_be_positive(knn_lambda):
-        lm_and_knn = _interpolate(log_p_lm, log_p_knn, _share(knn_lambda, 1.0 - cache_lambda))
+        lm_and_knn = _interpolate(mixed, log_p_knn, _share(knn_lambda, 1.0 - cache_lambda))
         undefined = _undefined(log_p_knn)
         if undefined is None:
             mixed = lm_and_knn
@@ -149,7 +149,7 @@ def _choose(condition: torch.Tensor, first: Weight, second: Weight) -> torch.Ten
 
 def _interpolate(log_p, log_q, weight: Weight):
     """log((1 - weight) p + weight q), float32; exactly one of them for weights 0 and 1."""
-    log_p, log_q = log_p.float(), log_q.float()
+    log_q = log_q.float()
     if isinstance(weight, torch.Tensor):
         log_rest, log_weight = weight.neg().log1p().float(), weight.log().float()
         return torch.logaddexp(log_p + log_rest, log_q + log_weight)

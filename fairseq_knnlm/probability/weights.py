@@ -105,7 +105,7 @@ class _Point:
         return ratios
 
     def newton_step(self) -> np.ndarray:
-        """The step of the free weights that keeps the sum of all, shape (J,); the others stay."""
+        """The step that keeps the sum of all weights, and at 0 what is best so, shape (J,)."""
         if len(self.weights) == 2 and self.weights.min() > _WEIGHT_TOLERANCE:
             # as below, in a tenth of the time
             slope, steepening = self.gradient.item(), self.curvature.item()
@@ -115,7 +115,15 @@ class _Point:
         # where it is 0.
         of_first = 1.0 - self.weights[1:] @ self.gradient
         means = np.append(of_first, of_first + self.gradient)
-        free = (self.weights > _WEIGHT_TOLERANCE) | (means > 1.0)
+        positive = self.weights > _WEIGHT_TOLERANCE
+        step = self._step_of(positive | (means > 1.0))
+        # What is worth more alone may be worth less as the others change: then it stays at 0.
+        while (step[~positive] < 0).any():
+            step = self._step_of(positive | (step > 0))
+        return step
+
+    def _step_of(self, free: np.ndarray) -> np.ndarray:
+        """Newton's step of the weights that are free, shape (J,), bool; the others stay."""
         rest = np.flatnonzero(free[1:])
         # The last row and column keep the sum of the rest, for a first that may not give.
         size = len(rest)
@@ -126,7 +134,7 @@ class _Point:
         step = np.zeros(len(free))
         # Of distributions that are the same any share will do, hence least squares.
         step[rest + 1] = np.linalg.lstsq(system, right_side, rcond=None)[0][:size]
-        step[0] = -step.sum()
+        step[0] = -step.sum() if free[0] else 0.0
         return step
 
 

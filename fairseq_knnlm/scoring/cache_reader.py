@@ -20,7 +20,7 @@ class CacheReader:
         self._cache = cache
         self._eos = eos
         # An empty line stands before the text, so that its first line begins a document.
-        self._last = torch.tensor([eos or 0, eos or 0])
+        self._last = None if eos is None else torch.tensor([eos, eos])
 
     def log_probs(self, states, sample: dict):
         """log p_cache of the targets of a sample, which the cache then remembers.

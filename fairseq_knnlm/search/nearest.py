@@ -86,9 +86,9 @@ class Nearest:
         list(pool.map(sort, slices(*self._kept.shape)))
 
     def incomplete(self) -> np.ndarray:
-        """Queries that had a limit and of which the k-th nearest is not within it."""
+        """Queries of which the k-th nearest is not within their limit."""
         farthest = unpack(self._kept[:, self._k - 1 : self._k])[0][:, 0]
-        return np.flatnonzero((farthest > self._limits) & (self._limits < np.inf))
+        return np.flatnonzero(farthest > self._limits)
 
     def replace(self, queries: np.ndarray, other: "Nearest") -> None:
         """Take what was collected elsewhere for some of the queries.

@@ -166,6 +166,6 @@ def _typeable_theta(theta: float) -> float:
 def _typeable_weights(knn_lambda: float, cache_lambda: float):
     # never up to 1 together, where one target that neither has makes perplexity infinite
     unit = 10.0**-_WEIGHT_DECIMALS
-    knn_lambda = round(knn_lambda, _WEIGHT_DECIMALS)
+    knn_lambda = min(round(knn_lambda, _WEIGHT_DECIMALS), 1.0 - unit)
     cache_lambda = min(round(cache_lambda, _WEIGHT_DECIMALS), 1.0 - unit - knn_lambda)
     return knn_lambda, max(0.0, round(cache_lambda, _WEIGHT_DECIMALS))

@@ -33,6 +33,8 @@ def test_what_was_written_is_read_back(finished):
     assert datastore.manifest["key"] == settings()["key"]
     assert list(datastore.verify()) == []
     assert sorted(os.listdir(finished)) == sorted(FILES)
+    assert isinstance(datastore.keys, np.memmap) and isinstance(datastore.values, np.memmap)
+    assert datastore.index_path == os.path.join(finished, INDEX)
 
 
 def test_plain_numpy_opens_both_arrays(finished):
@@ -122,8 +124,33 @@ def test_without_positions_a_row_is_its_position(finished):
     assert after.tolist() == values[21:23].tolist()
 
 
+@pytest.mark.parametrize("rows", [[], np.array([], np.int64), np.array([7, 3], np.uint8)], ids=len)
+def test_positions_are_int64_whatever_names_the_rows(finished, copy, rows):
+    add_positions(copy, np.arange(COUNT)[::-1])
+    for path, expected in ((finished, rows), (copy, [COUNT - 1 - row for row in rows])):
+        positions = Datastore.open(str(path)).positions(rows)
+        assert positions.tolist() == list(expected) and positions.dtype == np.int64
+
+
+@pytest.mark.parametrize("rows, first", [([5, COUNT, -1], COUNT), ([0.5, 1.5], 0.5)])
+def test_the_first_row_that_is_not_there_is_named(finished, rows, first):
+    with pytest.raises(UserError, match=f"must be in .0, {COUNT}.*, got {first}$"):
+        Datastore.open(finished).positions(rows)
+
+
+def test_a_datastore_of_one_row(tmp_path):
+    keys, values = make_rows()
+    path = make_datastore(tmp_path / "d", keys[:1], values[:1])
+    add_positions(path, [2])
+    datastore = Datastore.open(path)
+    assert datastore.text.tolist() == [-1, -1, values[0]]
+    flip_byte(tmp_path / "d" / KEYS, 130)
+    assert faults(path) == [f"{KEYS}: damaged between bytes 128 and {127 + 2 * DIMENSION}"]
+
+
 def test_a_context_ends_with_the_text(finished):
     datastore, (_, values) = Datastore.open(finished), make_rows()
+    assert isinstance(datastore.context(2, 8, 0), tuple)
     sides = [side.tolist() for side in datastore.context(2, 8, 0)]
     assert sides == [values[:2].tolist(), []]
     sides = [side.tolist() for side in datastore.context(COUNT - 1, 0, 8)]

@@ -4,6 +4,7 @@ import contextlib
 import os
 import shutil
 import signal
+import threading
 
 import numpy as np
 import pytest
@@ -22,8 +23,8 @@ from helpers.writing import (
 
 from fairseq_knnlm import files
 from fairseq_knnlm.datastore import Datastore, arrays, journal
-from fairseq_knnlm.datastore.journal import refuse_finished
-from fairseq_knnlm.datastore.manifest import KEYS, MANIFEST, POSITIONS, VALUES
+from fairseq_knnlm.datastore.journal import LOCK, lock, refuse_finished
+from fairseq_knnlm.datastore.manifest import INDEX, KEYS, MANIFEST, POSITIONS, TUNED, VALUES
 from fairseq_knnlm.errors import UserError
 
 # -- going on --------------------------------------------------------------------------------------
@@ -139,6 +140,23 @@ def test_another_index_keeps_the_keys(tmp_path):
             pass
 
 
+def test_the_same_index_keeps_its_parts_and_another_drops_them(tmp_path):
+    for factory, kept in (("Flat", False), ("Flat", True), ("IVF4,PQ4", False)):
+        with open_writer(tmp_path / "d", index={"factory": factory}) as writer:
+            assert os.path.exists(writer.work_path) == kept
+            os.makedirs(writer.work_path, exist_ok=True)
+
+
+def test_another_index_of_a_build_by_several_is_refused(tmp_path):
+    options = {"num_shards": 2, "shard_id": 1}
+    with open_writer(tmp_path / "d", options=options, index={"factory": "Flat"}) as writer:
+        os.mkdir(writer.work_path)
+    with pytest.raises(UserError, match='index was .*"Flat".*, is .*"IVF4,PQ4"'):
+        with open_writer(tmp_path / "d", options=options, index={"factory": "IVF4,PQ4"}):
+            pass
+    assert os.path.exists(writer.work_path)
+
+
 def test_shards_resume_by_themselves(finished, tmp_path):
     for chunks in ([0], [1, 2], [3]):
         with open_writer(tmp_path / "d", options={"num_shards": 2, "shard_id": 0}) as writer:
@@ -193,6 +211,44 @@ def test_nobody_overwrites_what_a_shard_is_writing(tmp_path):
         assert contents(tmp_path / "d")[KEYS] == before
 
 
+def hold_lock(path, connection):
+    with lock(path, "is busy"):
+        connection.send("held")
+        connection.recv()
+        connection.send("about to end")
+
+
+def test_a_lock_is_refused_or_waited_for(tmp_path):
+    path = str(tmp_path / "some.lock")
+    here, there = fork.Pipe()
+    child = fork.Process(target=hold_lock, args=(path, there), daemon=True)
+    child.start()
+    assert here.recv() == "held"
+    with pytest.raises(UserError, match=f"^--knn-datastore {tmp_path} is busy$"):
+        with lock(path, "is busy"):
+            pass
+    threading.Timer(0.2, here.send, ["end"]).start()
+    with lock(path, "is busy", wait=True):
+        assert here.poll(), "it was held by both"
+    child.join()
+    with lock(path, "is busy"):
+        pass
+
+
+def test_builders_that_begin_together_wait_for_each_other(tmp_path):
+    """One of them makes the files, which takes a moment; the other is not refused for it."""
+    (tmp_path / "d").mkdir()
+    here, there = fork.Pipe()
+    lock_path = str(tmp_path / "d" / LOCK)
+    child = fork.Process(target=hold_lock, args=(lock_path, there), daemon=True)
+    child.start()
+    assert here.recv() == "held"
+    threading.Timer(0.2, here.send, ["end"]).start()
+    with open_writer(tmp_path / "d"):
+        assert here.poll(), "it did not wait"
+    child.join()
+
+
 def test_two_builders_do_not_wait_for_each_other_to_build_the_index(tmp_path):
     with open_writer(tmp_path / "d") as writer:
         write_chunks(writer, *make_rows(), SIZES)
@@ -212,11 +268,13 @@ def test_two_builders_do_not_wait_for_each_other_to_build_the_index(tmp_path):
         ({"key": {"type": "output", "layer": 0, "layers": 2}}, ["ffn-input", "output"]),
         ({"model": {"sha256": "f" * 64, "parameters": 9}}, ["model was", "aaa", "fff"]),
         ({"options": {"num_shards": 2}}, ["num_shards was 1, is 2"]),
-        ({"dtype": np.uint16}, ["uint8", "uint16"]),
+        ({"dtype": np.uint16}, ['dtype was "uint8", is "uint16"']),
+        ({"metric": "ip", "index": {"factory": "IVF4,PQ4"}}, ['metric was "l2", is "ip"']),
     ],
 )
 def test_other_settings_than_it_was_begun_with_are_refused(tmp_path, changed, sides):
     begin(tmp_path / "d", [0, 1])
+    (tmp_path / "d" / "index.building").mkdir()
     before = contents(tmp_path / "d")
     with pytest.raises(UserError, match="--overwrite") as caught:
         with open_writer(tmp_path / "d", **changed):
@@ -224,6 +282,7 @@ def test_other_settings_than_it_was_begun_with_are_refused(tmp_path, changed, si
     assert all(side in str(caught.value) for side in sides)
     after = contents(tmp_path / "d")
     assert {name: after[name] for name in before} == before
+    assert (tmp_path / "d" / "index.building").exists()
 
 
 def test_other_text_than_it_was_begun_with_is_refused(tmp_path):
@@ -247,6 +306,15 @@ def test_settings_that_are_dropped_are_named(tmp_path):
             pass
 
 
+def test_long_settings_are_cut_in_the_message(tmp_path):
+    with open_writer(tmp_path / "d", extra="a" * 58):
+        pass
+    with pytest.raises(UserError) as error:
+        with open_writer(tmp_path / "d", extra="b" * 59):
+            pass
+    assert f'extra was "{"a" * 58}", is "{"b" * 56}...)' in str(error.value)
+
+
 # -- what is there already -------------------------------------------------------------------------
 
 
@@ -260,6 +328,35 @@ def test_a_finished_datastore_is_refused_and_stays_untouched(finished):
         refuse_finished(finished)
     assert contents(finished) == before
     assert {name: os.stat(os.path.join(finished, name)).st_mtime_ns for name in before} == times
+
+
+def leave_traces(path):
+    """What a build that is killed may leave, at one moment or another."""
+    for name in ("building.json", "building.json.tmp", "building.lock", "building-1-of-2.lock"):
+        (path / name).touch()
+    for name in (JOURNAL, f"{JOURNAL}.tmp", "building-10-of-12.journal"):
+        (path / name).touch()
+    (path / "index.building").mkdir()
+    (path / "index.building" / "part").touch()
+
+
+def test_traces_beside_a_finished_datastore_are_removed(finished, copy):
+    leave_traces(copy)
+    with pytest.raises(UserError, match="finished datastore"):
+        refuse_finished(str(copy))
+    assert contents(copy) == contents(finished)
+    assert sorted(os.listdir(copy)) == sorted(os.listdir(finished))
+
+
+def test_overwriting_removes_what_belongs_to_the_datastore_before(copy):
+    leave_traces(copy)
+    (copy / TUNED).write_text("{}")
+    with open_writer(copy, options={"overwrite": True}) as writer:
+        assert writer.done == []
+        assert {INDEX, MANIFEST, TUNED, "index.building"}.isdisjoint(os.listdir(copy))
+        write_chunks(writer, *make_rows(), SIZES)
+        finish(writer)
+    assert sorted(os.listdir(copy)) == sorted(FILES)
 
 
 @pytest.mark.parametrize("state", ["finished", "unfinished", "of two shards"])

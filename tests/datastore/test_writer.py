@@ -1,6 +1,7 @@
 """Writing: rows in their places, by one or several writers, and refusals before and during it."""
 
 import contextlib
+import errno
 import os
 import resource
 import shutil
@@ -21,6 +22,8 @@ from helpers.writing import (
 from fairseq_knnlm.datastore import Datastore, DatastoreWriter, value_dtype
 from fairseq_knnlm.datastore.manifest import KEYS
 from fairseq_knnlm.errors import UserError
+
+OTHER_JOURNAL = "building-2-of-2.journal.tmp"
 
 
 @pytest.mark.parametrize(
@@ -181,6 +184,31 @@ def test_a_disk_that_fills_up_keeps_what_is_written(finished, tmp_path, whole_ch
         Datastore.open(str(tmp_path / "d"))
     resume_and_finish(tmp_path / "d", done)
     assert contents(tmp_path / "d") == contents(finished)
+
+
+def test_what_does_not_reach_the_disk_is_not_finished(tmp_path, monkeypatch):
+    """The journal is not enough: of what it names bytes may still be lost."""
+
+    def fail(file):
+        raise OSError(errno.EIO, "Input/output error")
+
+    with open_writer(tmp_path / "d") as writer:
+        write_chunks(writer, *make_rows(), SIZES)
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "fsync", fail)
+            with pytest.raises(UserError, match="Input/output error; what is written so far"):
+                with writer.finishing():
+                    pass
+        finish(writer)
+
+
+def test_an_unfinished_journal_of_a_shard_does_not_count_as_begun(tmp_path):
+    options = {"num_shards": 2, "shard_id": 0}
+    with open_writer(tmp_path / "d", options=options) as writer:
+        write_chunks(writer, *make_rows(), SIZES)
+        shutil.copy(tmp_path / "d" / "building-1-of-2.journal", tmp_path / "d" / OTHER_JOURNAL)
+        with writer.finishing() as missing:
+            assert missing == "0 chunks, 1 shards not begun"
 
 
 # -- arguments -------------------------------------------------------------------------------------

@@ -83,6 +83,26 @@ def knn_log_probs(keys, values, queries, targets, k, temperature, metric="l2"):
     return np.array(result)
 
 
+def one_token_at_a_time(states, targets, size, theta, metric="ip", resets=()):
+    """log p_cache by its formula, in float64; nan where there is nothing to look back on."""
+    states, targets = np.asarray(states, dtype=np.float64), np.asarray(targets)
+    result, first = np.full(len(targets), np.nan), 0
+    for t in range(len(targets)):
+        first = t if t in resets else first
+        past = slice(max(first, t - size), t)
+        if past.start == t:
+            continue
+        if metric == "ip":
+            log_weights = theta * states[past] @ states[t]
+        else:
+            log_weights = -theta * ((states[past] - states[t]) ** 2).sum(axis=1)
+        matched = log_weights[targets[past] == targets[t]]
+        result[t] = -np.inf
+        if len(matched):
+            result[t] = np.logaddexp.reduce(matched) - np.logaddexp.reduce(log_weights)
+    return result
+
+
 def perplexity(log_p_lm, log_p_knn, knn_lambda):
     """Of the mixture."""
     mixed = (1 - knn_lambda) * np.exp(log_p_lm) + knn_lambda * np.exp(log_p_knn)

@@ -1,10 +1,12 @@
 """Intervals of differences, against one resample at a time and against known answers."""
 
 import math
+import warnings
 
 import numpy as np
 import pytest
 
+from fairseq_knnlm.probability import bootstrap
 from fairseq_knnlm.probability.bootstrap import BLOCK_TOKENS, paired_interval
 
 
@@ -87,3 +89,54 @@ def test_an_impossible_token_makes_the_change_infinite():
     interval = paired_interval(first, second, starts)
     assert interval.value == interval.high == math.inf
     assert interval.low < 0
+
+
+def test_low_and_high_are_as_far_from_the_ends():
+    """The other way round, low and high take each other's place."""
+    first, second, starts = make_scores(9, 30)
+    there = paired_interval(first, second, starts, resamples=1000)
+    back = paired_interval(second, first, starts, resamples=1000)
+    assert 1 + there.low == pytest.approx(1 / (1 + back.high))
+    assert 1 + there.high == pytest.approx(1 / (1 + back.low))
+
+
+def test_one_resample_is_both_ends():
+    first, second, starts = make_scores(10, 30)
+    interval = paired_interval(first, second, starts, resamples=1)
+    assert interval.low == interval.high != interval.value
+    assert all(type(number) is float for number in interval[:3])
+
+
+def test_draws_do_not_depend_on_how_many_fit_in_memory(monkeypatch):
+    scores = make_scores(11, 30)
+    whole = paired_interval(*scores, resamples=7)
+    for draws in (1, 200, 100_000):
+        monkeypatch.setattr(bootstrap, "_DRAWS", draws)
+        assert paired_interval(*scores, resamples=7) == whole
+
+
+def test_ten_documents_are_enough():
+    first, second, starts = make_scores(12, 10)
+    assert paired_interval(first, second, starts)[3:] == (10, "documents")
+    assert paired_interval(first, second, starts[:9])[3:] == (1, "blocks")
+
+
+def test_what_stands_before_the_first_document_counts_as_one():
+    first, second, starts = make_scores(13, 20)
+    whole = paired_interval(first, second, starts)
+    assert paired_interval(first, second, starts[1:]) == whole
+    assert paired_interval(first, second, np.repeat(starts, 2)) == whole
+
+
+def test_single_precision_is_summed_in_double():
+    first, second, starts = make_scores(14, 20, tokens=400)
+    first, second = first.astype(np.float32), second.astype(np.float32)
+    expected = paired_interval(first.astype(np.float64), second.astype(np.float64), starts)
+    assert paired_interval(first, second, starts) == expected
+
+
+def test_a_change_beyond_all_numbers_is_infinite_without_a_warning():
+    first, _, starts = make_scores(15, 20)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert paired_interval(first, first - 2000.0, starts).low == math.inf

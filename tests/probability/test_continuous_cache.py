@@ -9,33 +9,15 @@ import pytest
 import torch
 from helpers import oracle
 from helpers.commands import evaluate
+from helpers.oracle import one_token_at_a_time
 
 from fairseq_knnlm.errors import UserError
+from fairseq_knnlm.probability import continuous_cache
 from fairseq_knnlm.probability.continuous_cache import ContinuousCache
 from fairseq_knnlm.probability.mixture import mix
 
 EOS = 2
 THETA, SIZE, WEIGHT = 0.2, 50, 0.15
-
-
-def one_token_at_a_time(states, targets, size, theta, metric="ip", resets=()):
-    """log p_cache by its formula, in float64; nan where there is nothing to look back on."""
-    states, targets = np.asarray(states, dtype=np.float64), np.asarray(targets)
-    result, first = np.full(len(targets), np.nan), 0
-    for t in range(len(targets)):
-        first = t if t in resets else first
-        past = slice(max(first, t - size), t)
-        if past.start == t:
-            continue
-        if metric == "ip":
-            log_weights = theta * states[past] @ states[t]
-        else:
-            log_weights = -theta * ((states[past] - states[t]) ** 2).sum(axis=1)
-        matched = log_weights[targets[past] == targets[t]]
-        result[t] = -np.inf
-        if len(matched):
-            result[t] = np.logaddexp.reduce(matched) - np.logaddexp.reduce(log_weights)
-    return result
 
 
 def make_text(count, dimension=8, types=30, seed=3):
@@ -69,24 +51,59 @@ def documents(targets):
 # -- the distribution ------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("metric", ["ip", "l2"])
-@pytest.mark.parametrize("resets", [(), (0, 5, 6, 300)], ids=["one-text", "documents"])
-def test_equals_one_token_at_a_time_whatever_the_pieces(metric, resets):
-    states, targets = make_text(700)
-    sizes, thetas = [100, 7, 1, 1000], [0.0, 0.3, 20.0]
-    cache = ContinuousCache(sizes, thetas, metric)
-    bounds = [0, 0, 1, 300, 301, 700]
+def in_pieces(cache, states, targets, bounds, resets=()):
+    """log p_cache of a text that comes in pieces."""
     pieces = [
         cache.log_probs(
             states[a:b], targets[a:b], [row - a for row in resets if a <= row < b]
         )
         for a, b in zip(bounds, bounds[1:])
     ]  # fmt: skip
-    result = torch.cat(pieces, dim=2).numpy()
+    return torch.cat(pieces, dim=2).numpy()
+
+
+@pytest.mark.parametrize("metric", ["ip", "l2"])
+@pytest.mark.parametrize("resets", [(), (0, 5, 6, 150)], ids=["one-text", "documents"])
+@pytest.mark.parametrize("bounds", [[0, 0, 1, 150, 151, 350], [0, 40, 350]], ids=len)
+@pytest.mark.parametrize("products", [1 << 20, 1700], ids=["large blocks", "small blocks"])
+def test_equals_one_token_at_a_time_whatever_the_pieces(
+    metric, resets, bounds, products, monkeypatch
+):
+    monkeypatch.setattr(continuous_cache, "_MAX_PRODUCTS", products)
+    monkeypatch.setattr(continuous_cache, "_MIN_ROWS", 3)
+    states, targets = make_text(350)
+    sizes, thetas = [100, 7, 1, 10**15], [0.0, 0.3, 20.0]
+    result = in_pieces(ContinuousCache(sizes, thetas, metric), states, targets, bounds, resets)
     for theta, of_sizes in zip(thetas, result):
         for size, scores in zip(sizes, of_sizes):
             expected = one_token_at_a_time(states, targets, size, theta, metric, resets)
             np.testing.assert_allclose(scores, expected, rtol=2e-5, atol=2e-4)
+
+
+def test_states_in_half_precision_are_compared_in_full():
+    states, targets = make_text(60, dimension=1)
+    half = (5 * states).half()
+    result = in_pieces(ContinuousCache([20], [0.5]), half, targets, [0, 25, 60])
+    expected = one_token_at_a_time(half.float(), targets, 20, 0.5)
+    assert result.dtype == np.float32
+    np.testing.assert_allclose(result[0, 0], expected, rtol=1e-5, atol=1e-5)
+
+
+def test_tokens_are_told_apart_whatever_their_ids():
+    states, targets = make_text(100, types=3)
+    results = [
+        in_pieces(ContinuousCache([20], [0.5]), states, targets + offset, [0, 50, 100])
+        for offset in (0, 1 << 25)
+    ]
+    np.testing.assert_array_equal(*results)
+
+
+@pytest.mark.parametrize("shapes", [[(3, 4), (2,)], [(3,), (3,)], [(3, 1, 4), (3,)], [(3, 4), ()]])
+def test_shapes_that_do_not_fit_are_named(shapes):
+    states, targets = (torch.zeros(shape) for shape in shapes)
+    with pytest.raises(UserError, match=r"expected states \(N, D\) and targets") as error:
+        ContinuousCache([5]).log_probs(states, targets.long())
+    assert all(str(shape) in str(error.value) for shape in shapes)
 
 
 def test_a_token_that_is_remembered_gains_and_no_other_does():
@@ -129,8 +146,13 @@ def test_theta_that_is_not_given_scales_with_the_dimension():
 
 
 @pytest.mark.parametrize(
-    "arguments", [([],), ([0],), ([5], []), ([5], [-1.0]), ([5], [math.nan]), ([5], [1.0], "cos")]
-)
+    "arguments",
+    [
+        ([],), ([0],), ([5, 0],), ([1.5],),
+        ([5], []), ([5], [-1.0]), ([5], [1.0, -1.0]), ([5], [math.nan]), ([5], [math.inf]),
+        ([5], [1.0], "cos"),
+    ],
+)  # fmt: skip
 def test_what_cannot_be_is_refused(arguments):
     with pytest.raises(UserError, match="must be"):
         ContinuousCache(*arguments)

@@ -122,6 +122,11 @@ def test_shapes_that_do_not_fit_are_named(distances, values, targets):
     assert all(str(shape) in str(caught.value) for shape in (distances, values, targets))
 
 
+def test_shapes_that_do_not_fit_a_vocabulary_are_named():
+    with pytest.raises(UserError, match=r"of one shape \(N, k\), got \(2, 3\), \(2, 4\)"):
+        vocabulary_log_probs(torch.zeros(2, 3), torch.zeros(2, 4, dtype=torch.long), 5)
+
+
 @pytest.mark.parametrize("temperature", [0.0, -1.0, math.nan])
 def test_temperature_must_be_positive(temperature):
     with pytest.raises(UserError, match=f"temperature must be > 0, got {temperature}"):
@@ -141,3 +146,34 @@ def test_far_targets_of_many_queries():
     every = vocabulary_log_probs(distances, values, 9).gather(1, targets.unsqueeze(1)).squeeze(1)
     assert (result < -90).any() and (result > -1).any() and result.isneginf().any()
     torch.testing.assert_close(result, every, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("temperature", [0.3, 1.0, 7.0])
+def test_every_token_of_the_vocabulary_equals_float64(temperature):
+    """Also where neighbours are missing, and where all of a query are far away."""
+    distances, values, _ = random_neighbors(seed=8)
+    distances, exact = distances.round(), distances.round()
+    distances[:, 15:], exact[:, 15:], values[:, 15:] = INF, INF, 0
+    distances[::3] += 60000
+    result = vocabulary_log_probs(distances, values, 9, temperature)
+    assert result.dtype == torch.float32
+    for token in range(9):
+        expected = by_numpy(exact, values, torch.full((50,), token), temperature)
+        np.testing.assert_allclose(result[:, token], expected, rtol=1e-5, atol=1e-5)
+    # only missing neighbours have the token 0 here
+    values[:, :15].clamp_(min=1)
+    assert vocabulary_log_probs(distances, values, 9, temperature)[:, 0].isneginf().all()
+
+
+def test_a_token_that_all_neighbours_have_is_certain():
+    distances = random_neighbors(seed=9, count=2000)[0]
+    result = vocabulary_log_probs(distances, torch.full_like(distances, 3).long(), 5)[:, 3]
+    assert (result <= 0).all() and result.min() > -1e-6
+
+
+def test_distances_and_values_stay_as_they_are():
+    distances, values, targets = random_neighbors(seed=10)
+    before = distances.clone(), values.clone()
+    knn_log_probs(distances, values, targets)
+    vocabulary_log_probs(distances, values, 9)
+    assert torch.equal(distances, before[0]) and torch.equal(values, before[1])

@@ -1,6 +1,7 @@
 """The metrics, against numbers on paper."""
 
 import math
+import warnings
 
 import numpy as np
 import pytest
@@ -19,6 +20,19 @@ def test_perplexity_of_a_uniform_distribution_is_its_size():
 
 def test_one_impossible_token_makes_perplexity_infinite():
     assert perplexity(np.array([0.0, -INF])) == INF
+
+
+def test_perplexity_is_computed_in_double_precision():
+    log_probs = -np.random.default_rng(1).random(3000).astype(np.float32)
+    result = perplexity(log_probs)
+    assert type(result) is float
+    assert result == pytest.approx(math.exp(-math.fsum(log_probs) / 3000), rel=1e-12)
+
+
+def test_perplexity_beyond_all_numbers_is_infinite_without_a_warning():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert perplexity([-1000.0, -2000.0]) == INF
 
 
 def test_recall_counts_ids_in_any_order():

@@ -39,6 +39,25 @@ def test_lambda_0_and_1_are_exact():
     assert torch.equal(mix(log_p_lm, log_p_knn, knn_lambda=1.0), log_p_knn)
 
 
+def test_a_weight_of_what_is_not_there_does_not_count():
+    lm, other = torch.tensor([0.5, 0.1]).log(), torch.tensor([0.2, 0.9]).log()
+    assert torch.equal(mix(lm, other, other), lm)
+    assert torch.equal(mix(lm, knn_lambda=0.7, cache_lambda=0.7), lm)
+    for mixed in (
+        mix(lm, None, other, knn_lambda=0.9, cache_lambda=0.25),
+        mix(lm, other, None, knn_lambda=0.25, cache_lambda=0.9),
+    ):
+        assert mixed.exp().tolist() == pytest.approx([0.425, 0.3])
+
+
+def test_what_is_mixed_stays_as_it_is():
+    parts = [torch.rand(5, generator=torch.Generator().manual_seed(1)).log() for _ in range(3)]
+    before = [part.clone() for part in parts]
+    mix(*parts, 0.3, 0.2)
+    mix(*parts, torch.full((5,), 0.3), 0.2)
+    assert all(torch.equal(part, kept) for part, kept in zip(parts, before))
+
+
 def test_what_neither_gives_is_impossible():
     assert mix(torch.tensor([-INF]), torch.tensor([-INF]), knn_lambda=0.5).tolist() == [-INF]
 
@@ -51,7 +70,7 @@ def test_half_precision_is_mixed_in_float32():
 
 @pytest.mark.parametrize("knn_lambda", [-0.1, 1.1, math.nan])
 def test_lambda_must_be_a_weight(knn_lambda):
-    with pytest.raises(UserError, match=rf"lambda must be in \[0, 1\], got {knn_lambda}"):
+    with pytest.raises(UserError, match=rf"lambda must be in \[0, 1\], got {knn_lambda}$"):
         mix(torch.zeros(1), torch.zeros(1), knn_lambda=knn_lambda)
 
 
@@ -64,8 +83,6 @@ def test_mixture_is_convex():
     empty = torch.tensor([math.nan])
     assert mix(lm, knn, empty, 0.3, 0.2).exp().item() == pytest.approx((0.25 + 0.06) / 0.8)
     assert torch.equal(mix(lm, knn, empty, 0.0, 1.0), lm)
-    with pytest.raises(UserError, match="together at most 1"):
-        mix(lm, knn, cache, 0.9, 0.2)
 
 
 # -- weights of rows, and rows without neighbours or cache -----------------------------------------
@@ -150,9 +167,15 @@ def test_weights_of_rows_of_whole_distributions():
         (0.5, [0.25, -0.25], "together at most 1, got 0.5 and -0.25 in row 1"),
         ([0.1, 0.2, 0.3], None, r"of shape \(2,\), one for each row, got shape \(3,\)"),
         ([[0.1], [0.2]], None, r"of shape \(2,\), one for each row, got shape \(2, 1\)"),
+        ([0.2, -0.25], None, r"lambda must be in \[0, 1\], got -0.25 in row 1"),
+        ([1.5, 1.5], None, r"lambda must be in \[0, 1\], got 1.5 in row 0"),
+        (0.9, 0.2, "together at most 1, got 0.9 and 0.2$"),
+        (0.5, -0.25, "together at most 1, got 0.5 and -0.25$"),
+        (0.0, 1 + 5e-10, "together at most 1, got 0.0 and 1.0000000005$"),
+        ([0.0, 0.0], [1.0, 1 + 2.0**-22], "together at most 1, got 0.0 and 1.0000002.* in row 1"),
     ],
 )
-def test_weights_of_rows_that_cannot_be_are_refused(knn_lambda, cache_lambda, message):
+def test_weights_that_cannot_be_are_refused(knn_lambda, cache_lambda, message):
     log_p = torch.tensor([-1.0, -2.0])
     knn_lambda, cache_lambda = (
         torch.tensor(weight) if isinstance(weight, list) else weight
@@ -163,3 +186,17 @@ def test_weights_of_rows_that_cannot_be_are_refused(knn_lambda, cache_lambda, me
             mix(log_p, log_p, knn_lambda=knn_lambda)
         else:
             mix(log_p, log_p, log_p, knn_lambda, cache_lambda)
+
+
+def test_the_row_of_a_weight_is_named_for_whole_distributions():
+    log_p = torch.rand(3, 4).log()
+    with pytest.raises(UserError, match="got 0.75 and 0.5 in row 2"):
+        mix(log_p, log_p, log_p, torch.tensor([0.0, 0.25, 0.75]), torch.tensor([0.0, 0.5, 0.5]))
+
+
+@pytest.mark.parametrize("shape", [(0,), (0, 7)])
+@pytest.mark.parametrize("as_weight", [float, lambda weight: torch.full((0,), weight)])
+def test_no_rows(shape, as_weight):
+    nothing = torch.empty(shape)
+    mixed = mix(nothing, nothing, nothing, as_weight(0.3), as_weight(0.2))
+    assert mixed.shape == shape and mixed.dtype == torch.float32

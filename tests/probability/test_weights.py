@@ -48,12 +48,14 @@ def test_best_weights_of_two_against_a_fine_grid(seed):
     assert result.sum() == 1.0
 
 
-def test_best_weights_leave_out_rows_of_nan():
+@pytest.mark.parametrize("undefined", [(1,), (2,), (1, 2)])
+def test_best_weights_leave_out_rows_of_nan(undefined):
     rng = torch.Generator().manual_seed(2)
     log_probs = torch.rand(3, 500, generator=rng).log()
     expected = best_weights(log_probs)
     rows = torch.rand(3, 200, generator=rng).log()
-    rows[1, ::2], rows[2, 1::2] = NAN, NAN
+    for first, number in enumerate(undefined):
+        rows[number, first :: len(undefined)] = NAN
     assert best_weights(torch.cat([rows, log_probs], dim=1)) == pytest.approx(expected)
 
 
@@ -75,3 +77,44 @@ def test_best_weights_of_probabilities_far_apart():
 def test_best_weights_of_other_shapes_are_refused(shapes):
     with pytest.raises(UserError, match="two or more of one shape"):
         best_weights([torch.zeros(shape) for shape in shapes])
+
+
+def random_distributions(rng, number, count=400):
+    """Probabilities of tokens by some models: good and bad ones, twins, some that have zeros."""
+    sharpness = 10.0 ** rng.uniform(-1.5, 1.0, size=(number, 1))
+    probabilities = rng.random((number, count)) ** sharpness
+    probabilities[1:][rng.random((number - 1, count)) < 0.4 * rng.random()] = 0.0
+    if number > 3 and rng.random() < 0.3:
+        probabilities[3] = probabilities[1]
+    return probabilities
+
+
+@pytest.mark.parametrize("number", [2, 3, 5])
+@pytest.mark.parametrize("seed", range(12))
+def test_no_direction_leads_upwards_from_the_best_weights(seed, number):
+    """At the maximum the mean of p_j / mixture is 1 where a weight is positive, else at most 1."""
+    probabilities = random_distributions(np.random.default_rng([seed, number]), number)
+    with np.errstate(divide="ignore"):
+        weights = best_weights([torch.from_numpy(np.log(each)) for each in probabilities])
+    assert (
+        weights.dtype == np.float64 and (weights >= 0).all() and weights.sum() == pytest.approx(1)
+    )
+    means = (probabilities / (weights @ probabilities)).mean(axis=1)
+    assert (means <= 1 + 1e-6).all()
+    assert means[weights > 0] == pytest.approx(1, abs=1e-6)
+
+
+@pytest.mark.parametrize("number", [2, 3])
+def test_a_first_that_nothing_is_gained_from_gets_nothing(number):
+    rng = np.random.default_rng(3)
+    others = torch.from_numpy(np.log(rng.random((number - 1, 200)) + 0.1))
+    weights = best_weights([others.amin(dim=0) - 3.0, *others])
+    assert weights[0] < 1e-6 and weights.sum() == pytest.approx(1.0)
+
+
+def test_the_distributions_stay_as_they_are():
+    log_probs = torch.rand(3, 100, generator=torch.Generator().manual_seed(4)).log()
+    log_probs[1, 3] = NAN
+    before = log_probs.clone()
+    best_weights(log_probs)
+    assert torch.equal(log_probs.nan_to_num(), before.nan_to_num())

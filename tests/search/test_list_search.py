@@ -183,6 +183,27 @@ def test_a_limit_that_is_too_high_costs_time_alone(rng, monkeypatch):
     assert_same(found, oracle(keys, lists, "l2", queries, probes, 10))
 
 
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("block", [1 << 20, 1 << 13])
+def test_most_pairs_are_ruled_out_without_an_exact_distance(rng, monkeypatch, metric, block):
+    """A limit is seldom too low, which would cost a second search, and not far too high."""
+    monkeypatch.setattr(list_blocks, "_BLOCK", block)
+    keys = rng.normal(size=(8000, DIMENSION)).astype(np.float16)
+    queries = rng.normal(size=(200, DIMENSION)).astype(np.float32)
+    probes = rng.permuted(np.tile(np.arange(4), (len(queries), 1)), axis=1)
+    probes[::2, 3], k = -1, 100
+    search = make_search(keys, [np.arange(first, 8000, 4) for first in range(4)], metric)
+    measured, pair_distances = [], search._pair_distances
+
+    def counted(queries, rows, keys, columns):
+        measured.append(len(rows))
+        return pair_distances(queries, rows, keys, columns)
+
+    monkeypatch.setattr(search, "_pair_distances", counted)
+    run(search, queries, probes, k)
+    assert k * len(queries) < sum(measured) < 4 * k * len(queries)
+
+
 def test_long_lists_are_taken_in_blocks(rng, monkeypatch):
     monkeypatch.setattr(list_blocks, "_BLOCK", 1 << 12)
     monkeypatch.setattr(list_blocks, "_MAX_KEYS_OF_BLOCK", 200)

@@ -64,6 +64,30 @@ def test_a_pair_that_rounding_parts_most_is_near(rest, sign, metric):
 
 
 @pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("rest, sign", [(0.999, 1), (1.001, -1)])
+def test_rounding_of_what_allows_for_rounding_is_allowed_for(rest, sign, metric):
+    """As above; the terms that stand for rounding are rounded too, up or down with the length."""
+    for dimension in range(1, 100):
+        queries = np.full((1, dimension), 1 + rest * 2.0**-8, dtype=np.float32)
+        limits = all_distances(queries, sign * queries, metric)[0]
+        found = products(queries, sign * queries, limits, metric, torch.bfloat16)
+        assert near_pairs.are_near(found).all(), dimension
+
+
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("dimension", [8, 40])
+def test_parallel_vectors_at_the_limit_are_near(rng, dtype, metric, dimension):
+    """Nothing is left of the room that Cauchy and Schwarz give to others."""
+    queries = rng.normal(size=(300, dimension)).astype(np.float32)
+    for factor in (1.0, -1.0, 0.01, 100.0):
+        keys = np.float32(factor) * queries
+        limits = np.diag(all_distances(queries, keys, metric)).astype(np.float32)
+        near = near_pairs.are_near(products(queries, keys, limits, metric, dtype))
+        assert near.diagonal().all(), factor
+
+
+@pytest.mark.parametrize("metric", METRICS)
 @pytest.mark.parametrize("dtype, room", [(torch.bfloat16, 0.04), (torch.float32, 0.001)])
 def test_what_is_well_beyond_the_limit_is_not_near(rng, dtype, room, metric):
     queries, keys = some_vectors(rng, 60), some_vectors(rng, 80)
@@ -90,6 +114,21 @@ def test_without_rounding_and_limit_products_are_about_the_distances(rng, dtype,
     found = products(queries, keys, np.zeros(50), metric, dtype, rounding=False)
     exact = all_distances(queries, keys, metric)
     np.testing.assert_allclose(found.float(), exact, rtol=0.01, atol=0.2)
+
+
+def test_rows_have_room_for_a_vector_and_its_terms():
+    for dimension in range(1, 500):
+        columns = near_pairs.columns(dimension)
+        assert dimension + 7 <= columns < dimension + 7 + 32 and columns % 32 == 0
+
+
+@pytest.mark.parametrize("count", [1, 9000])
+def test_the_center_is_about_the_mean(rng, count):
+    keys = rng.normal(size=(count, 5), loc=[1000, -3, 0, 0.5, 60000]).astype(np.float16)
+    center = near_pairs.center_of(keys, "l2")
+    assert center.shape == (5,) and center.dtype == np.float32
+    np.testing.assert_allclose(center, keys.astype(np.float64).mean(axis=0), rtol=1e-3, atol=0.1)
+    assert not near_pairs.center_of(keys, "ip").any()
 
 
 def test_a_search_finds_the_same_with_either_type(rng, monkeypatch):

@@ -199,6 +199,9 @@ def test_temperatures_are_refined_around_the_best():
     assert set(powers) < set(tried)
     place = tried.index(best(points).temperature)
     assert tried[place + 1] / tried[place - 1] == pytest.approx(2**0.5, rel=1e-4)
+    in_order = list(dict.fromkeys(point.temperature for point in points))
+    for lower, higher, factor in ((-4, -3, 2.0), (-2, -1, 2**0.5)):
+        assert in_order[higher] / in_order[lower] == pytest.approx(factor, rel=1e-4)
 
 
 @pytest.mark.parametrize("scale", [1e-5, 1.0, 1e7])
@@ -211,6 +214,59 @@ def test_the_range_of_temperatures_follows_the_distances(scale):
     everywhere = [scale * 2.0**exponent for exponent in range(-8, 9)]
     reference = best(sweep(scaled, [12], everywhere))
     assert lowest.perplexity <= reference.perplexity * (1 + 1e-6)
+
+
+def tried_temperatures(points):
+    return sorted({point.temperature for point in points})
+
+
+def test_temperatures_go_on_below_while_the_best_is_at_an_end():
+    """Only the nearest are right, and the next are nearer to them than a millionth of the rest."""
+    distances = torch.tensor([[0.0, 1e-3, 1000.0]]).repeat(50, 1)
+    matches = torch.tensor([[True, False, False]]).repeat(50, 1)
+    points = sweep(TuningData(torch.full((50,), -3.0), distances, matches), [3])
+    assert best(points).perplexity == pytest.approx(1 / (0.9999 + 1e-4 * math.exp(-3)), rel=1e-5)
+    tried = tried_temperatures(points)
+    assert tried[-1] == 1024 * 2.0**6 and 1024 * 2.0**-26 < tried[0] < 1024 * 2.0**-20
+    # it ends where nothing is gained any more, and the rest are powers of two
+    assert {float(f"{1024 * 2.0**exponent:.6g}") for exponent in range(-20, 7)} <= set(tried)
+
+
+def test_temperatures_that_go_on_getting_better_come_to_an_end():
+    """Only the nearest are right, and on every scale there are some that are a little farther."""
+    distances = torch.cat([torch.zeros(1), 2.0 ** torch.arange(-45, 1, 3)]).repeat(50, 1)
+    matches = distances == 0
+    points = sweep(TuningData(torch.full((50,), -3.0), distances, matches), [distances.size(1)])
+    tried = tried_temperatures(points)
+    assert len(tried) == 17 + 16 + 4
+    assert tried[0] == best(points).temperature and tried[-1] == 2.0**6
+
+
+def test_temperatures_do_not_go_on_where_hardly_anything_is_gained():
+    """Here the farther are as good as the near: the higher the temperature, the better."""
+    data = make_scaled(1.0)
+    every = data._replace(matches=torch.arange(data.matches.numel()).view(-1, 12) % 5 == 0)
+    tried = tried_temperatures(sweep(every, [12]))
+    assert tried[0] == 16 * 2.0**-10 and tried[-1] > 16 * 2.0**6
+    assert len(tried) < 17 + 16 + 4
+
+
+def test_missing_neighbours_do_not_change_the_temperatures():
+    data = make_data(seed=3)
+    more = data._replace(
+        distances=torch.nn.functional.pad(data.distances, (0, 3), value=INF),
+        matches=torch.nn.functional.pad(data.matches, (0, 3), value=True),
+    )
+    assert sweep(more, [12]) == sweep(data, [12])
+    assert [point[1:] for point in sweep(more, [15])] == [point[1:] for point in sweep(data, [12])]
+
+
+def test_without_any_neighbour_every_point_is_the_language_model():
+    data = make_data(seed=3)
+    nothing = data._replace(distances=torch.full_like(data.distances, INF))
+    for point in sweep(nothing, [1, 12]):
+        assert point.knn_lambda == 0.0
+        assert point.perplexity == pytest.approx(perplexity(data.log_p_lm), rel=1e-6)
 
 
 def test_a_best_temperature_at_an_end_is_told():
@@ -227,9 +283,9 @@ def test_settings_can_be_typed_as_flags():
 
 def test_best_of_each_k():
     points = [
-        KNNGridPoint(2, 1.0, 0.1, 9.0),
-        KNNGridPoint(1, 1.0, 0.2, 8.0),
-        KNNGridPoint(2, 3.0, 0.3, 7.0),
+        KNNGridPoint(1024, 1.0, 0.1, 9.0),
+        KNNGridPoint(8, 1.0, 0.2, 8.0),
+        KNNGridPoint(1024, 3.0, 0.3, 7.0),
     ]
     assert best_of_each_k(points) == [points[1], points[2]]
     assert best(points) == points[2]
