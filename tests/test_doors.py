@@ -40,7 +40,7 @@ FLOOR = {room: number for number, room in enumerate(ORDER)}
 DOORS = {
     "fairseq": {"plugin", "hub", "cli"},
     "fairseq_cli": {"plugin"},
-    "omegaconf": {"plugin", "hub", "cli"},
+    "omegaconf": {"hub", "cli"},
     "faiss": {"search"},
     "matplotlib": {"reporting"},
 }
