@@ -11,10 +11,14 @@ from .index_search import IndexSearch
 from .list_search import ListSearch
 from .searcher import Batch, CheckRows, gather, trust
 
-# Visiting each list once costs less than candidates for each query, for more neighbours than this
-# and at least one query for so many keys.
-FEW_NEIGHBORS = 16
+# With at most this many keys for each query, visiting each list once for all queries costs less than
+# candidates for each query.
 KEYS_PER_QUERY = 100
+# Up to this many neighbours, candidates cost less even so.
+FEW_NEIGHBORS = 16
+# Up to this many keys the difference is small, and lists are visited for few neighbours as well:
+# candidates of coarse codes miss some of the nearest, lists none.
+FEW_KEYS = 1 << 16
 
 
 class ExactSearch:
@@ -51,13 +55,13 @@ class ExactSearch:
 
     def batches(self, queries: torch.Tensor, k: int) -> Iterator[Batch]:
         """Search, see ``searcher.Searcher.batches``."""
-        if (
-            self._lists is not None
-            and k > FEW_NEIGHBORS
-            and self._count <= KEYS_PER_QUERY * len(queries)
-        ):
-            return self._by_lists.batches(queries, k)
-        return self._by_candidates.batches(queries, k)
+        searcher = self._by_lists if self._visits_lists(len(queries), k) else self._by_candidates
+        return searcher.batches(queries, k)
+
+    def _visits_lists(self, queries: int, k: int) -> bool:
+        many_queries = self._count <= KEYS_PER_QUERY * queries
+        costs_less = k > FEW_NEIGHBORS or self._count <= FEW_KEYS
+        return self._lists is not None and many_queries and costs_less
 
     @functools.cached_property
     def _by_lists(self) -> ListSearch:
