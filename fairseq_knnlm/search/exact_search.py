@@ -11,7 +11,7 @@ from .index_search import IndexSearch
 from .list_search import ListSearch
 from .searcher import Batch, CheckRows, gather, trust
 
-# With at most this many keys for each query, visiting each list once for all queries costs less than
+# With at most this many keys for each query, visiting each list once for all costs less than
 # candidates for each query.
 KEYS_PER_QUERY = 100
 # Up to this many neighbours, candidates cost less even so.
