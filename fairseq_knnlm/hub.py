@@ -15,8 +15,8 @@ from .scoring.compatibility import refuse_other_model
 
 __all__ = ["from_pretrained"]
 
-# fairseq's commands print neighbours, the hub interface prints nothing.
-_NOT_HERE = ("knn_show_neighbors",)
+# Commands print neighbours and write files, the hub interface does neither.
+_NOT_HERE = ("knn_show_neighbors", "knn_output", "knn_output_tokens")
 _KNOWN = [
     name
     for name in KNNLMConfig.__dataclass_fields__

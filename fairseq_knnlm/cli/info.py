@@ -4,8 +4,10 @@ import argparse
 import sys
 
 from ..datastore.datastore import Datastore
-from ..datastore.tuned import read_tuned
+from ..datastore.tuned import in_words, read_tuned
 from ..errors import UserError
+from ..files import refuse_unwritable
+from ..plugin.results import description, write_results
 from .command_line import ending_with_text
 
 
@@ -17,6 +19,9 @@ def make_parser():
     parser.add_argument("datastore", metavar="DIR", help="datastore directory")
     parser.add_argument(
         "--verify", action="store_true", help="read every byte and compare it with its checksum"
+    )
+    parser.add_argument(
+        "--knn-output", metavar="FILE", help="write what it holds there as well, as JSON"
     )
     return parser
 
@@ -34,6 +39,8 @@ def run(args):
     Raises:
         UserError: if it is no whole datastore, or damaged.
     """
+    if args.knn_output is not None:
+        refuse_unwritable("--knn-output", args.knn_output)
     datastore = Datastore.open(args.datastore)
     print("\n".join(describe(datastore)))
     if args.verify:
@@ -43,6 +50,21 @@ def run(args):
         if faults:
             raise UserError(f"{args.datastore} is damaged; build it again")
         print("verified: every byte is as it was written")
+    if args.knn_output is not None:
+        write_results(args.knn_output, _results(datastore, args.verify))
+
+
+def _results(datastore: Datastore, verified: bool) -> dict:
+    """What ``--knn-output`` of every command has, of a datastore."""
+    described = description(datastore)
+    return {
+        "program": "fairseq-knnlm-info",
+        "tokens": described["entries"],
+        **{name: described[name] for name in ("model", "data", "context", "versions")},
+        "datastores": [described],
+        "tuned": read_tuned(datastore.path),
+        "verified": verified,
+    }
 
 
 def describe(datastore: Datastore):
@@ -77,21 +99,6 @@ def _describe_tuned(tuned: dict, manifest: dict) -> str:
     if manifest["checksum"] not in tuned["datastores"]:
         return "tuned        no: what is stored was tuned before the datastore was built again"
     others = len(tuned["datastores"]) - 1
-    return (
-        f"tuned        k {tuned['k']}, lambda {tuned['knn_lambda']:g}, temperature "
-        f"{tuned['temperature']:g}, "
-        + ("" if tuned["distances"] == "exhaustive" else f"nprobe {tuned['nprobe']}, ")
-        + f"{tuned['distances']} distances"
-        + _describe_cache(tuned)
-        + f", on {tuned['tuned_on']['split']}"
-        + (f", with {others} other datastores" if others else "")
-    )
-
-
-def _describe_cache(tuned: dict) -> str:
-    if not tuned.get("cache_size"):
-        return ""
-    return (
-        f", cache {tuned['cache_size']} of weight {tuned['cache_lambda']:g}, theta "
-        f"{tuned['cache_theta']:g}"
+    return f"tuned        {in_words(tuned)}" + (
+        f", with {others} other datastores" if others else ""
     )

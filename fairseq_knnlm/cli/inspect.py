@@ -15,7 +15,15 @@ from ..errors import UserError
 from ..files import refuse_unwritable, write_atomically, write_json
 from ..inspection import as_html, as_text
 from ..inspection.tokens import Inspector, Passage, Token
-from .command_line import make_eval_parser, require_datastore, run_command, with_progress
+from ..plugin.results import circumstances, write_results
+from ..scoring.settings import Settings
+from .command_line import (
+    context_settings,
+    make_eval_parser,
+    require_datastore,
+    run_command,
+    with_progress,
+)
 from .loading import evaluation_samples, load_split, load_task_and_model
 from .passage import BlockRange, loaded_text, read_lines
 
@@ -78,25 +86,35 @@ def run(cfg, args):
     span = _check(cfg, args)
     lines = read_lines(args.passage) if args.passage else None
     task, model = load_task_and_model(cfg)
-    if task.settings.cache_size:
-        raise UserError(
-            "fairseq-knnlm-inspect shows neighbours, no continuous cache: give k, "
-            "lambda and temperature as flags, without --knn-cache-size and --knn-tuned"
-        )
+    in_effect = task.settings_without_cache("fairseq-knnlm-inspect")
+    task.log_settings(in_effect)
+    settings = in_effect.settings
     if lines is None:
         dataset = load_split(task, cfg, cfg.dataset.gen_subset)
         _refuse_beyond(span, int(dataset.sizes.sum()), cfg.dataset.gen_subset)
         source = f"{cfg.dataset.gen_subset} {args.positions}"
-        tokens = _look(cfg, args, task, model, dataset, span)
+        tokens = _look(cfg, args, task, model, settings, dataset, span)
     else:
         source = "standard input" if args.passage == "-" else args.passage
         with loaded_text(task, lines, source, _word_splitter(cfg, task)) as (dataset, words):
-            tokens = _look(cfg, args, task, model, dataset, (0, len(words)), words)
-    passage = Passage(source, _described(cfg, task), tokens, len(task.retriever.datastores))
+            tokens = _look(cfg, args, task, model, settings, dataset, (0, len(words)), words)
+    passage = Passage(
+        source, _described(cfg, task, settings), tokens, len(task.retriever.datastores)
+    )
     if args.html:
         write_atomically(args.html, as_html.render(passage).encode())
     if args.json:
         write_json(args.json, passage.to_dict())
+    if cfg.task.knn_output is not None:
+        split = None if args.passage else cfg.dataset.gen_subset
+        write_results(
+            cfg.task.knn_output,
+            {
+                **_figures(passage),
+                **circumstances(task, in_effect, context_settings(cfg), split),
+                "passage": passage.to_dict(),
+            },
+        )
     _print(as_text.render(passage, _wants_color(sys.stdout, os.environ)))
 
 
@@ -165,9 +183,11 @@ def _word_splitter(cfg, task):
 # -- looking -----------------------------------------------------------------------------------
 
 
-def _look(cfg, args, task, model, dataset, span, words: Optional[list] = None) -> list[Token]:
+def _look(
+    cfg, args, task, model, settings: Settings, dataset, span, words: Optional[list] = None
+) -> list[Token]:
     """What is known of the target tokens of a span; *words*: all of the split, as written."""
-    retriever, settings = task.retriever, task.settings
+    retriever = task.retriever
     inspector = Inspector(
         retriever.datastores,
         task.target_dictionary,
@@ -202,15 +222,27 @@ def _samples(cfg, task, model, dataset, start: int, stop: int) -> Iterator[tuple
             yield first, to_device(wanted, device)
 
 
-def _described(cfg, task) -> dict:
+def _described(cfg, task, settings: Settings) -> dict:
     """What the neighbours were found and mixed with, by the names that are shown."""
     return {
         "checkpoint": cfg.common_eval.path,
         "datastore": cfg.task.knn_datastore,
         "k": task.retriever.k,
-        "lambda": task.settings.knn_lambda,
-        "temperature": task.settings.temperature,
+        "lambda": settings.knn_lambda,
+        "temperature": settings.temperature,
         "metric": task.retriever.metric,
+    }
+
+
+def _figures(passage: Passage) -> dict:
+    """Those that ``--knn-output`` of every command has."""
+    perplexities = passage.perplexities()
+    return {
+        "program": "fairseq-knnlm-inspect",
+        "source": passage.source,
+        "tokens": len(passage.tokens),
+        "perplexity": perplexities["mixture"],
+        "base_perplexity": perplexities["lm"],
     }
 
 

@@ -34,6 +34,7 @@ class SplitData:
     Attributes:
         split (str): of the data.
         settings (dict): everything that decides what is retrieved.
+        tokens (int): targets of the split.
 
     Raises:
         UserError: if there is no such split, it has no known word, or the file is of others.
@@ -46,6 +47,7 @@ class SplitData:
         self._keep_queries = keep_queries
         self._cfg, self._task, self._model, self._path = cfg, task, model, path
         self._dataset = load_split(task, cfg, split)
+        self.tokens = int(np.sum(self._dataset.sizes))
         self._refuse_unknown_words()
         self.settings = self._settings()
         self._is_kept = path is not None and os.path.exists(path)
@@ -110,7 +112,7 @@ class SplitData:
         return collect(
             self._model,
             progress,
-            int(np.sum(self._dataset.sizes)),
+            self.tokens,
             self._task.target_dictionary.eos(),
             self._task.retriever,
             self._task.key,

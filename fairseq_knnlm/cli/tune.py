@@ -7,19 +7,25 @@ import sys
 import time
 from typing import Optional
 
-from ..files import without_infinities, write_json
+from ..files import without_infinities
+from ..plugin.config import datastore_paths
+from ..plugin.results import circumstances, write_results
 from ..reporting import report
 from ..reporting.sizes import tune_sizes
-from ..tuning.choice import Chosen, command, measure, store
+from ..scoring.settings import AUTO
+from ..tuning.choice import METHODS, Chosen, command, measure, refuse_to_replace, store
 from ..tuning.grid import KNNGridPoint, best
 from ..tuning.knn_sweep import best_of_each_k, sweep, temperature_at_an_end
 from ..tuning.tuning_data import TuningData, beside
-from .command_line import run_command, with_progress
+from .command_line import context_settings, run_command, with_progress
 from .loading import load_task_and_model
 from .split_data import SplitData
 from .tune_flags import cache_grid, knn_grid, make_parser, refuse_flags, refuse_same_text
 
 logger = logging.getLogger("fairseq_knnlm.tune")
+
+# Settings that a grid is tried with. Of k, and of the size of a cache, this is the largest.
+_NOT_TUNED = ("k", "nprobe", "distances", "cache_size", "cache_metric", "cache_reset")
 
 
 def main(argv=None):
@@ -41,8 +47,14 @@ def run(cfg, args, typed) -> None:
     """
     refuse_flags(cfg, args)
     knn, cache = knn_grid(cfg, args), cache_grid(cfg, args)
+    if cfg.task.knn_temperature in (None, AUTO):
+        # The grid has temperatures of its own, so a datastore that records none can be tuned.
+        cfg.task.knn_temperature = "1"
     task, model = load_task_and_model(cfg)
+    logger.info(f"{task.in_effect.line(_NOT_TUNED)}; the others are tuned")
     tuned_on, reported_on = _splits(cfg, args, task, model)
+    if task.retriever and not (args.no_store or args.overwrite):
+        refuse_to_replace(datastore_paths(cfg.task), tuned_on.split, tuned_on.tokens)
     data = tuned_on.obtain()
     points = _tune(cfg, tuned_on.split, data, knn) if task.retriever else []
     chosen = Chosen(task.settings, best(points) if points else None)
@@ -61,9 +73,11 @@ def run(cfg, args, typed) -> None:
         data = reported_on.obtain()
         summary["reported_on"] = measure(reported_on.split, data, chosen)
     summary["command"] = command(typed, (reported_on or tuned_on).split, chosen)
-    if args.knn_output:
-        write_json(args.knn_output, {**summary, "grid": [point._asdict() for point in points]})
-    if task.retriever:
+    if cfg.task.knn_output is not None:
+        grid = [point._asdict() for point in points]
+        results = {**_results(cfg, task, chosen, summary), **summary, "grid": grid}
+        write_results(cfg.task.knn_output, results)
+    if task.retriever and not args.no_store:
         store(task.retriever.datastores, tuned_on.settings, chosen, summary)
     if args.report:
         page = report.write(
@@ -72,6 +86,19 @@ def run(cfg, args, typed) -> None:
         logger.info(f"report written to {page}")
     logger.info(f"evaluate with: {summary['command']}")
     logger.info(json.dumps(without_infinities(summary)))
+
+
+def _results(cfg, task, chosen: Chosen, summary: dict) -> dict:
+    """What ``--knn-output`` of every command has: figures of the best setting, and what it is."""
+    measured = summary.get("reported_on", summary["tuned_on"])
+    *_, method = (name for name in METHODS if f"{name}_perplexity" in measured)
+    in_effect = task.in_effect.with_tuned(chosen.final())
+    return {
+        "program": "fairseq-knnlm-tune",
+        **{name: measured[name] for name in ("split", "tokens", "base_perplexity")},
+        "perplexity": measured[f"{method}_perplexity"],
+        **circumstances(task, in_effect, context_settings(cfg), measured["split"]),
+    }
 
 
 def _splits(cfg, args, task, model) -> tuple[SplitData, Optional[SplitData]]:

@@ -15,6 +15,7 @@ from omegaconf import II
 
 from ..encoding.key_extractor import KEY_TYPES
 from ..errors import UserError
+from ..files import refuse_unwritable
 from ..probability.continuous_cache import METRICS
 from ..scoring.settings import (
     CACHE_RESETS,
@@ -157,6 +158,20 @@ class KNNLMConfig(LanguageModelingConfig):
             "(default: 0, none)"
         },
     )
+    knn_output: Optional[str] = field(
+        default=None,
+        metadata={
+            "help": "fairseq-eval-lm and fairseq-knnlm-*: write the results there, as JSON, with "
+            "the settings in effect, where each comes from, hashes and versions (default: nowhere)",
+        },
+    )
+    knn_output_tokens: Optional[str] = field(
+        default=None,
+        metadata={
+            "help": "fairseq-eval-lm: write for each token its log-probability by the model, the "
+            "neighbours, the cache and all together there, as .npz (default: nowhere)",
+        },
+    )
     # It has no help and so no flag of its own. fairseq's --path is read here to refuse an ensemble
     # before it is loaded.
     path: Optional[str] = II("common_eval.path")
@@ -194,6 +209,9 @@ def check_settings(cfg) -> None:
         faults.append("--knn-tuned needs the --knn-datastore that was tuned")
     if faults:
         raise UserError("; ".join(faults))
+    for name in ("knn_output", "knn_output_tokens"):
+        if getattr(cfg, name) is not None:
+            refuse_unwritable(flag_of(name), getattr(cfg, name))
 
 
 def datastore_paths(cfg) -> list[str]:

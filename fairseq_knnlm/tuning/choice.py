@@ -5,11 +5,13 @@ import logging
 import os
 import shlex
 import time
+from collections.abc import Sequence
 from typing import NamedTuple, Optional
 
 import torch
 
-from ..datastore.tuned import save_tuned
+from ..datastore.tuned import WITHOUT_CACHE, find_tuned, in_words, save_tuned
+from ..errors import UserError
 from ..files import without_infinities
 from ..probability.bootstrap import BLOCK_TOKENS, MIN_DOCUMENTS, Interval, paired_interval
 from ..probability.metrics import perplexity
@@ -23,8 +25,8 @@ from .tuning_data import TuningData
 
 logger = logging.getLogger("fairseq_knnlm.tune")
 
-# What the names of methods in JSON say in words.
-_WORDS = {
+# Names of methods in JSON, the best at the end, and what they say in words.
+METHODS = {
     "cache": "with a cache",
     "knn": "with neighbours",
     "knn_cache": "with neighbours and a cache",
@@ -52,10 +54,7 @@ class Chosen(NamedTuple):
 
     def final(self) -> dict:
         """What to evaluate with, as fields of ``Settings``."""
-        fields = {}
-        if self.knn:
-            fields.update(k=self.knn.k, knn_lambda=self.knn.knn_lambda)
-            fields["temperature"] = self.knn.temperature
+        fields = self.without_cache()
         cache = self.knn_cache or self.cache
         if cache:
             fields.update(cache._asdict())
@@ -63,6 +62,14 @@ class Chosen(NamedTuple):
             fields.update(cache_metric=self.given.cache_metric, cache_reset=self.given.cache_reset)
         if not self.knn:
             fields.pop("knn_lambda")
+        return fields
+
+    def without_cache(self) -> dict:
+        """The same of neighbours alone; empty without a datastore."""
+        if not self.knn:
+            return {}
+        fields = self.knn._asdict()
+        del fields["perplexity"]
         return fields
 
     def log_probs(self, data: TuningData) -> dict[str, torch.Tensor]:
@@ -136,7 +143,7 @@ def measure(split: str, data: TuningData, chosen: Chosen) -> dict:
         result[f"{name}_perplexity"] = perplexity(mixed)
         result["relative_change" if name == "knn" else f"{name}_change"] = change._asdict()
         logger.info(
-            f"{split}: {result[f'{name}_perplexity']:.2f} {_WORDS[name]}: {_in_words(change)} "
+            f"{split}: {result[f'{name}_perplexity']:.2f} {METHODS[name]}: {_in_words(change)} "
             f"({_drawn(change)})"
         )
     if "knn_cache" in log_probs:
@@ -176,7 +183,8 @@ def command(typed, split: str, chosen: Chosen) -> str:
         "--knn-cache-metric", "--knn-cache-reset", "--report",
     ):  # fmt: skip
         ours.add_argument(flag)
-    ours.add_argument("--report-on-tuned", action="store_true")
+    for flag in ("--report-on-tuned", "--no-store", "--overwrite"):
+        ours.add_argument(flag, action="store_true")
     _, others = ours.parse_known_args(typed)
     plugin = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
     words = ["fairseq-eval-lm", *others, "--user-dir", plugin, "--task", "knnlm_lm"]
@@ -186,8 +194,28 @@ def command(typed, split: str, chosen: Chosen) -> str:
     return shlex.join(map(str, words))
 
 
+def refuse_to_replace(paths: Sequence[str], split: str, tokens: int) -> None:
+    """Refuse, before any work, to replace a setting that was tuned on more text.
+
+    Args:
+        paths (sequence of str): directories of the datastores that are tuned with.
+        split (str): that will be tuned on.
+        tokens (int): of it.
+
+    Raises:
+        UserError: naming both, and the flags that say what to do.
+    """
+    stored = find_tuned(paths)
+    if stored is not None and stored.get("tuned_on", {}).get("tokens", 0) > tokens:
+        raise UserError(
+            f"{paths[0]} holds a setting that was tuned on more text ({in_words(stored)}) than "
+            f"--gen-subset {split} has, {tokens:,} tokens: pass --overwrite to replace it, or "
+            "--no-store to keep it"
+        )
+
+
 def store(datastores, settings: dict, chosen: Chosen, summary: dict) -> None:
-    """Keep what was chosen in the datastore, for ``--knn-tuned``.
+    """Keep what was chosen in the datastore, for ``--knn-tuned``; log what it replaces.
 
     Args:
         datastores (list of Datastore): that it was tuned with.
@@ -196,15 +224,21 @@ def store(datastores, settings: dict, chosen: Chosen, summary: dict) -> None:
         summary (dict): ``tuned_on`` and, if another text was reported on, ``reported_on``, each
             from ``measure``.
     """
+    paths = [datastore.path for datastore in datastores]
     tuned = {
         **chosen.final(),
         **{name: settings[name] for name in ("nprobe", "distances", "model", "data", "context")},
         **{name: summary[name] for name in ("tuned_on", "reported_on") if name in summary},
         "versions": {"fairseq_knnlm": __version__},
     }
+    if chosen.cache:
+        tuned[WITHOUT_CACHE] = chosen.without_cache()
+    replaced = find_tuned(paths)
     try:
-        path = save_tuned([datastore.path for datastore in datastores], without_infinities(tuned))
+        path = save_tuned(paths, without_infinities(tuned))
     except OSError as error:
         logger.warning(f"the setting cannot be stored in the datastore, for --knn-tuned: {error}")
-    else:
-        logger.info(f"stored in {path}: fairseq-eval-lm --knn-tuned evaluates with it")
+        return
+    logger.info(f"stored in {path}, for --knn-tuned: {in_words(tuned)}")
+    if replaced is not None:
+        logger.info(f"in place of: {in_words(replaced)}")

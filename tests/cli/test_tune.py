@@ -421,6 +421,29 @@ def test_building_anew_removes_what_was_tuned(data, checkpoints, stored):
     assert read_tuned(str(datastore)) is None
 
 
+def test_what_it_replaces_is_printed(stored, tuned):
+    datastore, _ = stored
+    before = read_tuned(str(datastore))
+    log = tuned("--knn-k", 8, datastore=datastore)["log"]
+    after = read_tuned(str(datastore))
+    assert re.search(rf"stored in .*: k {after['k']}, lambda {after['knn_lambda']:g}, ", log)
+    assert re.search(rf"in place of: k {before['k']}, lambda {before['knn_lambda']:g}, ", log)
+
+
+def test_a_setting_of_more_text_is_replaced_only_if_asked_for(data, stored, refused, tuned):
+    datastore, _ = stored
+    on_train = tuned("--gen-subset", "train", datastore=datastore)
+    assert "in place of" in on_train["log"]  # more text replaces less
+    kept = read_tuned(str(datastore))
+    message = refused(datastore=datastore)
+    assert "tuned on more text" in message and "--overwrite" in message and "--no-store" in message
+    assert f"{on_train['tuned_on']['tokens']:,} tokens" in message
+    assert "in place of" not in tuned("--no-store", datastore=datastore)["log"]
+    assert read_tuned(str(datastore)) == kept
+    tuned("--overwrite", datastore=datastore)
+    assert read_tuned(str(datastore))["tuned_on"]["split"] == "valid"
+
+
 # -- the temperature to start with -----------------------------------------------------------------
 
 
@@ -436,12 +459,18 @@ def test_auto_is_what_the_build_recorded(data, checkpoints, built, tuned):
     assert best <= auto * (1 + 1e-6) <= 1.03 * best
 
 
-def test_auto_of_a_datastore_that_records_none_is_refused(data, checkpoints, built, tmp_path):
+def test_a_datastore_that_records_none_needs_a_number_or_tuning(
+    data, checkpoints, built, tuned, tmp_path
+):
     shutil.copytree(built["flat"], tmp_path / "old")
     manifest = read_manifest(str(tmp_path / "old"))
     del manifest["temperature"]
     (tmp_path / "old" / MANIFEST).write_bytes(render(manifest))
     flags = ["--knn-datastore", tmp_path / "old", "--knn-k", 8]
-    assert evaluate(data, checkpoints["plain"], *flags) < math.inf
-    with pytest.raises(UserError, match="build it again"):
-        evaluate(data, checkpoints["plain"], *flags, "--knn-temperature", "auto")
+    for more in ([], ["--knn-temperature", "auto"]):
+        with pytest.raises(UserError, match="records no temperature.*--knn-temperature a number"):
+            evaluate(data, checkpoints["plain"], *flags, *more)
+    assert evaluate(data, checkpoints["plain"], *flags, "--knn-temperature", 3) < math.inf
+    tuned(datastore=tmp_path / "old")
+    tuned_flags = ["--knn-datastore", tmp_path / "old", "--knn-tuned"]
+    assert evaluate(data, checkpoints["plain"], *tuned_flags) < math.inf
