@@ -27,7 +27,7 @@ _KINDS = {int: "a whole number", float: "a number", str: "a text", bool: "True o
 
 def from_pretrained(
     model_name_or_path, checkpoint_file="model.pt", data_name_or_path=".", **settings
-):
+) -> hub_utils.GeneratorHubInterface:
     """Load a language model, of whichever task, with the datastore that was built of it.
 
     As ``from_pretrained`` of fairseq's models, with ``--knn-*`` settings.

@@ -19,13 +19,14 @@ def load_task_and_model(cfg):
         tuple: the task and the model, in evaluation mode, on the device that the flags ask for.
 
     Raises:
-        UserError: if ``--path`` names no checkpoint, or several, or another flag of the model or
-            the data cannot be.
+        UserError: if ``--path`` names no checkpoint, or several, or another flag cannot be.
     """
     path = cfg.common_eval.path
     if not path:
         raise UserError("--path is missing: which checkpoint?")
     check_settings(cfg.task)
+    if cfg.task.knn_output_tokens is not None:
+        raise UserError("--knn-output-tokens is for fairseq-eval-lm: drop it")
     overrides = _model_overrides(cfg.common_eval.model_overrides)
     if not os.path.exists(path):
         raise UserError(f"--path {path}: no such checkpoint")

@@ -15,7 +15,7 @@ from ..reporting.sizes import tune_sizes
 from ..scoring.settings import AUTO
 from ..tuning.choice import METHODS, Chosen, command, measure, refuse_to_replace, store
 from ..tuning.grid import KNNGridPoint, best
-from ..tuning.knn_sweep import best_of_each_k, sweep, temperature_at_an_end
+from ..tuning.knn_sweep import best_of_each_k, k_at_an_end, sweep, temperature_at_an_end
 from ..tuning.tuning_data import TuningData, beside
 from .command_line import context_settings, run_command, with_progress
 from .loading import load_task_and_model
@@ -128,6 +128,12 @@ def _tune(cfg, split: str, data: TuningData, grid: dict) -> list[KNNGridPoint]:
     )
     if temperature_at_an_end(points):
         logger.warning("the best temperature is at an end of the range that was tried")
+    end = k_at_an_end(points)
+    if end is not None:
+        flags = "--knn-k" if end == "largest" else "--knn-grid-k"
+        logger.warning(
+            f"the best k, {chosen.k}, is the {end} that was tried: see {flags} for others"
+        )
     # Perplexity against k, in fairseq's form, which TensorBoard has as well.
     progress = with_progress(cfg, [], prefix=f"tune {split}")
     for point in best_of_each_k(points):

@@ -13,7 +13,8 @@ import torch
 from ..datastore.tuned import WITHOUT_CACHE, find_tuned, in_words, save_tuned
 from ..errors import UserError
 from ..files import without_infinities
-from ..probability.bootstrap import BLOCK_TOKENS, MIN_DOCUMENTS, Interval, paired_interval
+from ..probability import bootstrap
+from ..probability.bootstrap import paired_interval
 from ..probability.metrics import perplexity
 from ..probability.mixture import mix
 from ..scoring.settings import Settings, flag_of
@@ -143,27 +144,17 @@ def measure(split: str, data: TuningData, chosen: Chosen) -> dict:
         result[f"{name}_perplexity"] = perplexity(mixed)
         result["relative_change" if name == "knn" else f"{name}_change"] = change._asdict()
         logger.info(
-            f"{split}: {result[f'{name}_perplexity']:.2f} {METHODS[name]}: {_in_words(change)} "
-            f"({_drawn(change)})"
+            f"{split}: {result[f'{name}_perplexity']:.2f} {METHODS[name]}: {change.value:+.2%}, "
+            f"{bootstrap.in_words(change)}"
         )
     if "knn_cache" in log_probs:
         change = paired_interval(log_probs["knn"], log_probs["knn_cache"], data.document_starts)
         result["knn_cache_change_from_knn"] = change._asdict()
-        logger.info(f"{split}: what the cache adds to neighbours: {_in_words(change)}")
-    return result
-
-
-def _in_words(change: Interval) -> str:
-    return f"{change.value:+.2%}, 95% interval [{change.low:+.2%}, {change.high:+.2%}]"
-
-
-def _drawn(change: Interval) -> str:
-    if change.unit == "blocks":
-        return (
-            f"{change.units:,} blocks of {BLOCK_TOKENS:,} tokens, for want of {MIN_DOCUMENTS} "
-            "documents"
+        logger.info(
+            f"{split}: what the cache adds to neighbours: {change.value:+.2%}, "
+            f"{bootstrap.in_words(change)}"
         )
-    return f"{change.units:,} documents"
+    return result
 
 
 def command(typed, split: str, chosen: Chosen) -> str:
