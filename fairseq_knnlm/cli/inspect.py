@@ -130,6 +130,11 @@ def _check(cfg, args) -> Optional[tuple[int, int]]:
     if cfg.distributed_training.distributed_world_size > 1:
         raise UserError("fairseq-knnlm-inspect runs in one process")
     require_datastore(cfg)
+    if cfg.common_eval.post_process is not None:
+        raise UserError(
+            "fairseq-knnlm-inspect shows tokens, and perplexity is of them: drop --remove-bpe "
+            "(--post-process)"
+        )
     if (args.passage is None) == (args.positions is None):
         raise UserError(
             "which text? Expected either --input FILE or --positions START:STOP (of "

@@ -12,6 +12,7 @@ from ..datastore.fingerprint import file_fingerprint, weights_fingerprint
 from ..encoding.key_extractor import extractor_of
 from ..errors import UserError
 from ..files import refuse_unwritable
+from ..scoring.words import continued_ids, word_starts
 from ..tuning.collect import collect
 from ..tuning.tuning_data import TuningData, load, refuse_other, save
 from .command_line import context_settings, with_progress
@@ -49,6 +50,10 @@ class SplitData:
         self._dataset = load_split(task, cfg, split)
         self.tokens = int(np.sum(self._dataset.sizes))
         self._refuse_unknown_words()
+        post_process = cfg.common_eval.post_process
+        self._continued = (
+            None if post_process is None else continued_ids(task.source_dictionary, post_process)
+        )
         self.settings = self._settings()
         self._is_kept = path is not None and os.path.exists(path)
         if self._is_kept:
@@ -57,6 +62,12 @@ class SplitData:
             if path is not None:
                 refuse_unwritable("--knn-neighbors", path)
             self._samples = evaluation_samples(cfg, task, model, self._dataset)
+
+    def word_starts(self, data: TuningData) -> Optional[np.ndarray]:
+        """Rows at which the words of ``--remove-bpe`` begin; None where tokens count."""
+        if self._continued is None:
+            return None
+        return word_starts(data.targets, self._dataset.sizes, self._continued)
 
     def _refuse_unknown_words(self) -> None:
         dictionary = self._task.target_dictionary

@@ -14,7 +14,7 @@ from ..reporting import report
 from ..reporting.sizes import tune_sizes
 from ..scoring.settings import AUTO
 from ..tuning.choice import METHODS, Chosen, command, measure, refuse_to_replace, store
-from ..tuning.grid import KNNGridPoint, best
+from ..tuning.grid import KNNGridPoint, best, of_larger_units
 from ..tuning.knn_sweep import best_of_each_k, k_at_an_end, sweep, temperature_at_an_end
 from ..tuning.tuning_data import TuningData, beside
 from .command_line import context_settings, run_command, with_progress
@@ -47,22 +47,17 @@ def run(cfg, args, typed) -> None:
     """
     refuse_flags(cfg, args)
     knn, cache = knn_grid(cfg, args), cache_grid(cfg, args)
-    if cfg.task.knn_temperature in (None, AUTO):
-        # The grid has temperatures of its own, so a datastore that records none can be tuned.
-        cfg.task.knn_temperature = "1"
-    task, model = load_task_and_model(cfg)
-    logger.info(f"{task.in_effect.line(_NOT_TUNED)}; the others are tuned")
-    tuned_on, reported_on = _splits(cfg, args, task, model)
-    if task.retriever and not (args.no_store or args.overwrite):
-        refuse_to_replace(datastore_paths(cfg.task), tuned_on.split, tuned_on.tokens)
+    task, tuned_on, reported_on = _prepare(cfg, args)
     data = tuned_on.obtain()
-    points = _tune(cfg, tuned_on.split, data, knn) if task.retriever else []
+    starts = tuned_on.word_starts(data)
+    per_unit = 1.0 if starts is None else len(data.log_p_lm) / len(starts)
+    points = _tune(cfg, tuned_on.split, data, knn, per_unit) if task.retriever else []
     chosen = Chosen(task.settings, best(points) if points else None)
     if cache:
-        chosen = chosen.tune_cache(data, **cache)
+        chosen = chosen.tune_cache(data, **cache, tokens_per_unit=per_unit)
     sizes = tune_sizes(data, chosen.knn.temperature) if args.report else []
     summary = {
-        "tuned_on": measure(tuned_on.split, data, chosen),
+        "tuned_on": measure(tuned_on.split, data, chosen, starts),
         **{name: point._asdict() for name, point in chosen.points().items()},
     }
     if reported_on is tuned_on:
@@ -71,7 +66,8 @@ def run(cfg, args, typed) -> None:
     elif reported_on is not None:
         del data  # two splits need not fit in memory
         data = reported_on.obtain()
-        summary["reported_on"] = measure(reported_on.split, data, chosen)
+        starts = reported_on.word_starts(data)
+        summary["reported_on"] = measure(reported_on.split, data, chosen, starts)
     summary["command"] = command(typed, (reported_on or tuned_on).split, chosen)
     if cfg.task.knn_output is not None:
         grid = [point._asdict() for point in points]
@@ -88,6 +84,23 @@ def run(cfg, args, typed) -> None:
     logger.info(json.dumps(without_infinities(summary)))
 
 
+def _prepare(cfg, args):
+    """Load everything, and refuse what cannot be, before any work.
+
+    Returns:
+        tuple: the task, what is tuned on and what is reported on, see ``_splits``.
+    """
+    if cfg.task.knn_temperature in (None, AUTO):
+        # The grid has temperatures of its own, so a datastore that records none can be tuned.
+        cfg.task.knn_temperature = "1"
+    task, model = load_task_and_model(cfg)
+    logger.info(f"{task.in_effect.line(_NOT_TUNED)}; the others are tuned")
+    tuned_on, reported_on = _splits(cfg, args, task, model)
+    if task.retriever and not (args.no_store or args.overwrite):
+        refuse_to_replace(datastore_paths(cfg.task), tuned_on.settings["data"], tuned_on.tokens)
+    return task, tuned_on, reported_on
+
+
 def _results(cfg, task, chosen: Chosen, summary: dict) -> dict:
     """What ``--knn-output`` of every command has: figures of the best setting, and what it is."""
     measured = summary.get("reported_on", summary["tuned_on"])
@@ -95,7 +108,7 @@ def _results(cfg, task, chosen: Chosen, summary: dict) -> dict:
     in_effect = task.in_effect.with_tuned(chosen.final())
     return {
         "program": "fairseq-knnlm-tune",
-        **{name: measured[name] for name in ("split", "tokens", "base_perplexity")},
+        **{name: measured[name] for name in ("split", "tokens", "counted", "base_perplexity")},
         "perplexity": measured[f"{method}_perplexity"],
         **circumstances(task, in_effect, context_settings(cfg), measured["split"]),
     }
@@ -117,10 +130,12 @@ def _splits(cfg, args, task, model) -> tuple[SplitData, Optional[SplitData]]:
     return tuned_on, reported_on
 
 
-def _tune(cfg, split: str, data: TuningData, grid: dict) -> list[KNNGridPoint]:
-    """Every point of the grid; the best ones are logged."""
+def _tune(
+    cfg, split: str, data: TuningData, grid: dict, tokens_per_unit: float
+) -> list[KNNGridPoint]:
+    """Every point of the grid, perplexity of the units that count; the best ones are logged."""
     started = time.monotonic()
-    points = sweep(data, **grid)
+    points = [of_larger_units(point, tokens_per_unit) for point in sweep(data, **grid)]
     chosen = best(points)
     logger.info(
         f"{len(points)} settings in {time.monotonic() - started:.1f} s; best: k {chosen.k}, "

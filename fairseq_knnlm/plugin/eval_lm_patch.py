@@ -13,6 +13,7 @@ from typing import Callable, Optional
 import torch
 import torch.distributed as dist
 
+from ..scoring.words import continued_ids, word_starts
 from .commands import running_names
 
 logger = logging.getLogger(__name__)
@@ -61,8 +62,8 @@ class _CountingScorer:
     Args:
         scorer (KNNScorer): the scorer.
         dictionary: fairseq's dictionary of the data.
-        post_process (str): ``--remove-bpe``: a token that ends with it counts as a part of the
-            next one; None: every token counts.
+        post_process (str): ``--remove-bpe``: words are counted, see ``scoring.words``; None: every
+            token counts.
 
     Attributes:
         counted (int): targets so far that count.
@@ -72,12 +73,7 @@ class _CountingScorer:
         self._scorer = scorer
         self._targets = 0
         self.counted = 0
-        self._continued = torch.tensor(
-            [i for i in range(len(dictionary)) if dictionary[i].endswith(post_process.rstrip())]
-            if post_process
-            else [],
-            dtype=torch.long,
-        )
+        self._continued = None if post_process is None else continued_ids(dictionary, post_process)
 
     def generate(self, models, sample):
         """Score a sample, with finite scores only.
@@ -92,9 +88,13 @@ class _CountingScorer:
         if sample["history"]:
             return hypotheses
         self._targets += len(sample["target"])
-        for targets in sample["target"].cpu().split(sample["target_lengths"]):
-            self.counted += len(targets) - int(torch.isin(targets[:-1], self._continued).sum())
+        self.counted += self._count(sample["target"].cpu(), sample["target_lengths"])
         return hypotheses
+
+    def _count(self, targets, lengths) -> int:
+        if self._continued is None:
+            return len(targets)
+        return len(word_starts(targets, lengths, self._continued))
 
     def total(self, results):
         """The result of all processes; a warning says so where impossible targets decide it.

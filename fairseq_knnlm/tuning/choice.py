@@ -1,6 +1,7 @@
 """What ``fairseq-knnlm-tune`` chose: how good it is, how to evaluate with it, and keeping it."""
 
 import argparse
+import functools
 import logging
 import os
 import shlex
@@ -8,6 +9,7 @@ import time
 from collections.abc import Sequence
 from typing import NamedTuple, Optional
 
+import numpy as np
 import torch
 
 from ..datastore.tuned import WITHOUT_CACHE, find_tuned, in_words, save_tuned
@@ -18,9 +20,10 @@ from ..probability.bootstrap import paired_interval
 from ..probability.metrics import perplexity
 from ..probability.mixture import mix
 from ..scoring.settings import Settings, flag_of
+from ..scoring.words import log_probs_of_words
 from ..version import __version__
 from .cache_sweep import CacheSweep, log_p_cache
-from .grid import CacheGridPoint, KNNGridPoint, best
+from .grid import CacheGridPoint, KNNGridPoint, best, of_larger_units
 from .knn_sweep import log_p_knn
 from .tuning_data import TuningData
 
@@ -95,13 +98,14 @@ class Chosen(NamedTuple):
     def _cache_settings(self):
         return self.given.cache_metric, self.given.cache_reset == "document"
 
-    def tune_cache(self, data: TuningData, sizes, thetas) -> "Chosen":
+    def tune_cache(self, data: TuningData, sizes, thetas, tokens_per_unit: float = 1.0) -> "Chosen":
         """The same with the best cache of a grid, for the k and T that were chosen.
 
         Args:
             data (TuningData): of the text that is tuned on, with queries.
             sizes (sequence of int): see ``CacheSweep.run``.
             thetas (sequence of float): see ``CacheSweep.run``.
+            tokens_per_unit (float): of the units that perplexity is of, see ``of_larger_units``.
         """
         started = time.monotonic()
         scores = None
@@ -109,8 +113,10 @@ class Chosen(NamedTuple):
             (scores,) = log_p_knn(data, [self.knn.k], self.knn.temperature)
         sweep = CacheSweep(data, *self._cache_settings(), scores)
         sweep.run(sizes, thetas)
+        of_units = functools.partial(of_larger_units, tokens_per_unit=tokens_per_unit)
         chosen = self._replace(
-            cache=best(sweep.alone), knn_cache=best(sweep.with_knn) if self.knn else None
+            cache=of_units(best(sweep.alone)),
+            knn_cache=of_units(best(sweep.with_knn)) if self.knn else None,
         )
         point = chosen.knn_cache or chosen.cache
         logger.info(
@@ -121,26 +127,38 @@ class Chosen(NamedTuple):
         return chosen
 
 
-def measure(split: str, data: TuningData, chosen: Chosen) -> dict:
+def measure(
+    split: str, data: TuningData, chosen: Chosen, starts: Optional[np.ndarray] = None
+) -> dict:
     """Perplexity with every method, and how sure the differences are; also logged.
 
     Args:
         split (str): name of the text, for the log.
         data (TuningData): of that text.
         chosen (Chosen): the settings.
+        starts (ndarray): shape (W,), rows at which words begin, see ``scoring.words``: perplexity
+            is of these; None: of the tokens.
 
     Returns:
         dict: perplexities and changes by name, for JSON.
     """
-    log_probs = chosen.log_probs(data)
+    log_probs, documents, unit = chosen.log_probs(data), data.document_starts, "tokens"
+    if starts is not None:
+        log_probs = {name: log_probs_of_words(each, starts) for name, each in log_probs.items()}
+        documents, unit = np.searchsorted(starts, documents), "words"
     base = log_probs.pop("base")
-    result = {"split": split, "tokens": len(base), "base_perplexity": perplexity(base)}
+    result = {
+        "split": split,
+        "tokens": len(data.log_p_lm),
+        "counted": len(base),
+        "base_perplexity": perplexity(base),
+    }
     logger.info(
         f"{split}: perplexity {result['base_perplexity']:.2f} of the model alone, over "
-        f"{len(base):,} tokens"
+        f"{len(base):,} {unit}"
     )
     for name, mixed in log_probs.items():
-        change = paired_interval(base, mixed, data.document_starts)
+        change = paired_interval(base, mixed, documents)
         result[f"{name}_perplexity"] = perplexity(mixed)
         result["relative_change" if name == "knn" else f"{name}_change"] = change._asdict()
         logger.info(
@@ -148,7 +166,7 @@ def measure(split: str, data: TuningData, chosen: Chosen) -> dict:
             f"{bootstrap.in_words(change)}"
         )
     if "knn_cache" in log_probs:
-        change = paired_interval(log_probs["knn"], log_probs["knn_cache"], data.document_starts)
+        change = paired_interval(log_probs["knn"], log_probs["knn_cache"], documents)
         result["knn_cache_change_from_knn"] = change._asdict()
         logger.info(
             f"{split}: what the cache adds to neighbours: {change.value:+.2%}, "
@@ -185,22 +203,25 @@ def command(typed, split: str, chosen: Chosen) -> str:
     return shlex.join(map(str, words))
 
 
-def refuse_to_replace(paths: Sequence[str], split: str, tokens: int) -> None:
+def refuse_to_replace(paths: Sequence[str], data: dict, tokens: int) -> None:
     """Refuse, before any work, to replace a setting that was tuned on more text.
 
     Args:
         paths (sequence of str): directories of the datastores that are tuned with.
-        split (str): that will be tuned on.
+        data (dict): ``split`` and ``sha256`` of the text that will be tuned on.
         tokens (int): of it.
 
     Raises:
         UserError: naming both, and the flags that say what to do.
     """
     stored = find_tuned(paths)
-    if stored is not None and stored.get("tuned_on", {}).get("tokens", 0) > tokens:
+    # The same text may have a few tokens less in another break mode.
+    if stored is None or stored.get("data") == data:
+        return
+    if stored.get("tuned_on", {}).get("tokens", 0) > tokens:
         raise UserError(
             f"{paths[0]} holds a setting that was tuned on more text ({in_words(stored)}) than "
-            f"--gen-subset {split} has, {tokens:,} tokens: pass --overwrite to replace it, or "
+            f"--gen-subset {data['split']} has, {tokens:,} tokens: pass --overwrite to replace it, or "
             "--no-store to keep it"
         )
 

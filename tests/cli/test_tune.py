@@ -235,6 +235,57 @@ def test_the_curve_is_logged_in_fairseqs_form(tuned, form):
         assert [re.search(r"\| k (\d+) \|", line).group(1) for line in lines] == ["4", "64"]
 
 
+# -- words of several tokens -----------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def pieces(data, checkpoints, tmp_path_factory):
+    """The data with a third of its words marked as going on, and a datastore of it."""
+    folder = tmp_path_factory.mktemp("pieces")
+    shutil.copytree(data, folder / "bin")
+    lines = (data / "dict.txt").read_text().splitlines()
+    marked = [line.replace(" ", "@@ ", 1) if i % 3 == 0 else line for i, line in enumerate(lines)]
+    (folder / "bin" / "dict.txt").write_text("\n".join(marked) + "\n")
+    build(folder / "bin", checkpoints["plain"], folder / "d", "--knn-index", "Flat")
+    return folder / "bin", folder / "d"
+
+
+def test_perplexity_of_words_is_that_of_an_evaluation(checkpoints, tuned, pieces):
+    texts, datastore = pieces
+    flags = ["--remove-bpe", "@@ ", "--sample-break-mode", "complete"]
+    result = tuned(
+        *flags, "--report-subset", "test", "--knn-cache-size", 30, data=texts, datastore=datastore
+    )
+    of_tokens = tuned(*flags[2:], "--knn-cache-size", 30, data=texts, datastore=datastore)
+    assert knn_flags(result["best"]) == knn_flags(of_tokens["best"])
+    reported = result["reported_on"]
+    assert reported["counted"] < 0.9 * reported["tokens"]
+
+    def evaluated(*more, split="test"):
+        return evaluate(texts, checkpoints["plain"], "--gen-subset", split, *flags, *more)
+
+    knn = ["--knn-datastore", datastore, *knn_flags(result["best"])]
+    base, alone = evaluated(), evaluated(*knn)
+    assert reported["base_perplexity"] == pytest.approx(base, rel=1e-5)
+    assert reported["knn_perplexity"] == pytest.approx(alone, rel=1e-5)
+    change = reported["relative_change"]
+    assert change["value"] == pytest.approx(alone / base - 1, rel=1e-3)
+    assert (change["units"], change["unit"]) == (12, "documents")
+    on_valid = evaluated(*knn, split="valid")
+    assert result["best"]["perplexity"] == pytest.approx(on_valid, rel=1e-5)
+    both = result["best_knn_cache"]["perplexity"]
+    assert both == pytest.approx(result["tuned_on"]["knn_cache_perplexity"], rel=1e-9)
+    assert "--remove-bpe '@@ '" in result["command"]
+
+
+def test_words_that_cannot_be_counted_are_refused(refused, pieces, tmp_path):
+    texts, datastore = pieces
+    others = {"data": texts, "datastore": datastore}
+    assert "got 'letter'" in refused("--post-process", "letter", **others)
+    message = refused("--remove-bpe", "@@ ", "--report", tmp_path / "report", **others)
+    assert "--report are of tokens" in message
+
+
 # -- the file of neighbours ------------------------------------------------------------------------
 
 

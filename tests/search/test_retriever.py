@@ -57,7 +57,9 @@ def test_queries_are_tensors_or_arrays(whole, queries):
     assert retriever.search(own, k=1).distances.tolist() == [[0.0]] * 3
     rows = [rows for rows, _ in retriever.batches(queries.numpy())]
     assert (rows[0].start, rows[-1].stop) == (0, len(queries))
-    with pytest.raises(UserError, match=r"shape \(N, 8\).* float type, got \(40, 8\) of torch.int64"):
+    with pytest.raises(
+        UserError, match=r"shape \(N, 8\).* float type, got \(40, 8\) of torch.int64"
+    ):
         retriever.search(queries.long())
 
 
