@@ -47,13 +47,18 @@ class EvaluationOutput:
                 they are parts of.
 
         Raises:
-            UserError: if one cannot be written.
+            UserError: if one cannot be written, with the perplexity, which is not lost so.
         """
         args, columns = self._task.args, self.recorder.columns()
-        if args.knn_output is not None:
-            write_results(args.knn_output, self._summary(counted, columns))
-        if args.knn_output_tokens is not None:
-            _write_tokens(args.knn_output_tokens, columns)
+        summary = self._summary(counted, columns)
+        try:
+            if args.knn_output is not None:
+                write_results(args.knn_output, summary)
+            if args.knn_output_tokens is not None:
+                _write_tokens(args.knn_output_tokens, columns)
+        except UserError as error:
+            found = f"perplexity is {summary['perplexity']:.2f} over {counted:,} tokens"
+            raise UserError(f"{found}, but {error}") from None
 
     def _summary(self, counted: int, columns: dict) -> dict:
         log_p, task = columns["log_p"], self._task

@@ -126,7 +126,8 @@ class KNNLMTask(LanguageModelingTask):
 
     def _on_weights_loaded(self, model, incompatible_keys):
         # before they are converted to half precision
-        if self.retriever is not None or self.args.knn_output is not None:
+        is_written = self.args.knn_output is not None or self.args.knn_output_tokens is not None
+        if self.retriever is not None or is_written:
             self.model_fingerprint = weights_fingerprint(model)
         if self.retriever is not None:
             refuse_other_model(self.retriever, model, self.model_fingerprint)

@@ -221,8 +221,8 @@ def refuse_to_replace(paths: Sequence[str], data: dict, tokens: int) -> None:
     if stored.get("tuned_on", {}).get("tokens", 0) > tokens:
         raise UserError(
             f"{paths[0]} holds a setting that was tuned on more text ({in_words(stored)}) than "
-            f"--gen-subset {data['split']} has, {tokens:,} tokens: pass --overwrite to replace it, or "
-            "--no-store to keep it"
+            f"--gen-subset {data['split']} has, {tokens:,} tokens: pass --overwrite to replace it, "
+            "or --no-store to keep it"
         )
 
 

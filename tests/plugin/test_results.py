@@ -12,6 +12,7 @@ from helpers.commands import build, call, evaluate, knnlm
 from fairseq_knnlm.cli import inspect, tune
 from fairseq_knnlm.datastore import file_fingerprint, read_manifest
 from fairseq_knnlm.errors import UserError
+from fairseq_knnlm.plugin import results
 
 COMMON = {"program", "tokens", "model", "data", "context", "datastores", "versions"}
 SCORED = {*COMMON, "settings", "perplexity", "base_perplexity"}
@@ -113,6 +114,19 @@ def test_what_cannot_be_written_is_refused_before_any_work(flag, data, checkpoin
         evaluate(data, checkpoints["plain"], flag, "/nonesuch/file")
     with pytest.raises(UserError, match=f"{flag} / cannot be written"):
         evaluate(data, checkpoints["plain"], flag, "/")
+
+
+def test_the_perplexity_is_not_lost_where_the_disk_is_full(
+    data, checkpoints, tmp_path, monkeypatch
+):
+    def fail(*arguments):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(results, "write_json", fail)
+    perplexity = evaluate(data, checkpoints["plain"])
+    expected = f"perplexity is {perplexity:.2f} over .* cannot write --knn-output .*No space left"
+    with pytest.raises(UserError, match=expected):
+        evaluate(data, checkpoints["plain"], "--knn-output", tmp_path / "result.json")
 
 
 def test_a_share_of_a_text_is_refused(data, checkpoints, tmp_path):
