@@ -107,14 +107,8 @@ def run(cfg, args):
         write_json(args.json, passage.to_dict())
     if cfg.task.knn_output is not None:
         split = None if args.passage else cfg.dataset.gen_subset
-        write_results(
-            cfg.task.knn_output,
-            {
-                **_figures(passage),
-                **circumstances(task, in_effect, context_settings(cfg), split),
-                "passage": passage.to_dict(),
-            },
-        )
+        found_with = circumstances(task, in_effect, context_settings(cfg), split)
+        write_results(cfg.task.knn_output, {**_results(passage), **found_with})
     _print(as_text.render(passage, _wants_color(sys.stdout, os.environ)))
 
 
@@ -239,8 +233,8 @@ def _described(cfg, task, settings: Settings) -> dict:
     }
 
 
-def _figures(passage: Passage) -> dict:
-    """Those that ``--knn-output`` of every command has."""
+def _results(passage: Passage) -> dict:
+    """What ``--knn-output`` of every command has, and the passage."""
     perplexities = passage.perplexities()
     return {
         "program": "fairseq-knnlm-inspect",
@@ -248,6 +242,7 @@ def _figures(passage: Passage) -> dict:
         "tokens": len(passage.tokens),
         "perplexity": perplexities["mixture"],
         "base_perplexity": perplexities["lm"],
+        "passage": passage.to_dict(),
     }
 
 
