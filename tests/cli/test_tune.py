@@ -274,7 +274,7 @@ def test_perplexity_of_words_is_that_of_an_evaluation(checkpoints, tuned, pieces
     on_valid = evaluated(*knn, split="valid")
     assert result["best"]["perplexity"] == pytest.approx(on_valid, rel=1e-5)
     both = result["best_knn_cache"]["perplexity"]
-    assert both == pytest.approx(result["tuned_on"]["knn_cache_perplexity"], rel=1e-9)
+    assert both == pytest.approx(result["tuned_on"]["knn_cache_perplexity"], rel=1e-6)
     assert "--remove-bpe '@@ '" in result["command"]
 
 
