@@ -15,8 +15,8 @@ from .scoring.compatibility import refuse_broken_weights, refuse_other_model
 
 __all__ = ["from_pretrained"]
 
-# fairseq's commands print neighbours, the hub interface prints nothing.
-_NOT_HERE = ("knn_show_neighbors",)
+# Commands print neighbours and write files, the hub interface does neither.
+_NOT_HERE = ("knn_show_neighbors", "knn_output", "knn_output_tokens")
 _KNOWN = [
     name
     for name in KNNLMConfig.__dataclass_fields__
@@ -27,7 +27,7 @@ _KINDS = {int: "a whole number", float: "a number", str: "a text", bool: "True o
 
 def from_pretrained(
     model_name_or_path, checkpoint_file="model.pt", data_name_or_path=".", **settings
-):
+) -> hub_utils.GeneratorHubInterface:
     """Load a language model, of whichever task, with the datastore that was built of it.
 
     As ``from_pretrained`` of fairseq's models, with ``--knn-*`` settings.

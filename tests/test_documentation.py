@@ -11,11 +11,13 @@ from typing import NamedTuple
 from urllib.parse import unquote
 
 import pytest
+import torch
 import yaml
 from fairseq import options
 from fairseq.tasks import TASK_DATACLASS_REGISTRY, TASK_REGISTRY
 
 import fairseq_knnlm
+import fairseq_knnlm.hub
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 PACKAGE = REPOSITORY / "fairseq_knnlm"
@@ -345,6 +347,26 @@ def test_python_blocks_import_and_call_what_exists(path):
             if function is not None:
                 keywords = {keyword.arg: None for keyword in node.keywords}
                 inspect.signature(function).bind(*node.args, **keywords)
+
+
+def test_the_example_of_the_readme_runs_as_it_stands(data, checkpoints, datastores):
+    (example,) = python_blocks(README)
+    folder, file = checkpoints["plain"].parent, checkpoints["plain"].name
+    placeholders = {
+        "CHECKPOINTS": folder, "checkpoint_best.pt": file, "DATA": data,
+        "DIR": datastores["plain"],
+    }  # fmt: skip
+    for name, place in placeholders.items():
+        assert f'"{name}"' in example
+        example = example.replace(f'"{name}"', repr(str(place)))
+    names = {}
+    exec(compile(example, "README.md", "exec"), names)
+    scored = fairseq_knnlm.hub.from_pretrained(
+        str(folder), file, str(data), knn_datastore=str(datastores["plain"]), knn_k=64,
+        knn_lambda=0.25, knn_temperature=10,
+    ).score("My fellow citizens")  # fmt: skip
+    assert len(names["log_p"]) == len(names["tokens"]) == 4
+    torch.testing.assert_close(names["log_p"][:-1], scored["positional_scores"])
 
 
 @every_document

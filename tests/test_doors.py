@@ -1,6 +1,7 @@
 """Who may import whom: the rooms of docs/architecture.md, read from the source."""
 
 import ast
+import inspect
 import subprocess
 import sys
 from pathlib import Path
@@ -169,3 +170,22 @@ def test_public_names_are_there(room):
     assert sorted(set(module.__all__), key=str.lower) == sorted(module.__all__, key=str.lower)
     for name in module.__all__:
         assert getattr(module, name).__doc__, f"{room}.{name} has no docstring"
+
+
+def functions_of(thing):
+    """A function, or the methods and properties that a class of ours adds."""
+    if not inspect.isclass(thing):
+        return [thing] if inspect.isfunction(thing) else []
+    members = [part for name, part in vars(thing).items() if not name.startswith("_")]
+    members = [getattr(part, "fget", None) or getattr(part, "__func__", part) for part in members]
+    return [part for part in members if inspect.isfunction(part)]
+
+
+@pytest.mark.parametrize("room", PUBLIC)
+def test_public_functions_say_what_they_return(room):
+    module = __import__(f"fairseq_knnlm.{room}", fromlist=["__all__"])
+    functions = [part for name in module.__all__ for part in functions_of(getattr(module, name))]
+    assert functions
+    for function in map(inspect.unwrap, functions):
+        annotation = inspect.signature(function).return_annotation
+        assert annotation is not inspect.Signature.empty, f"{room}: {function.__qualname__}"

@@ -64,15 +64,26 @@ class Section(NamedTuple):
 
 
 def percent(interval):
-    """A change of perplexity and its 95% interval."""
+    """A change of perplexity and its 95% interval, if there is one."""
+    if interval.low is None:
+        return f"{interval.value:+.1%} (no interval of {interval.units} {interval.unit})"
     return f"{interval.value:+.1%} [{interval.low:+.1%}, {interval.high:+.1%}]"
 
 
 def lowers(interval):
     """Whether a change lowers perplexity, as far as its interval tells."""
+    if interval.low is None:
+        return OPEN
     if interval.high < 0:
         return HOLDS
     return FAILS if interval.low > 0 else OPEN
+
+
+def raises(interval):
+    """``lowers`` of the reverse claim."""
+    if interval.low is None:
+        return OPEN
+    return lowers(interval._replace(low=-interval.high, high=-interval.low))
 
 
 def all_of(verdicts):

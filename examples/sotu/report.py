@@ -80,6 +80,7 @@ def table(results):
         f"lambda {both['knn_lambda']:.3f}, weight of the cache {both['cache_lambda']:.3f}. "
         "Tuned on valid, reported on test"
     )
+    yield units_in_words(test[BESIDES])
     yield ""
     yield f"{'step':<44}{'seconds':>12}"
     for step, duration in results["seconds"].items():
@@ -90,7 +91,17 @@ def with_interval(change):
     """A relative change of perplexity on test and its 95% interval; nothing for None."""
     if change is None:
         return ""
+    if change["low"] is None:
+        return f"{change['value']:>9.1%}  none"
     return f"{change['value']:>9.1%}  {change['low']:.1%} to {change['high']:.1%}"
+
+
+def units_in_words(change):
+    """What an interval is of, or is not for want of."""
+    units = f"{change['units']:,} {change['unit']} of test"
+    if change["low"] is None:
+        return f"intervals: none, {units} are too few"
+    return f"intervals: paired bootstrap over {units}"
 
 
 def plot(tuned, path):

@@ -10,6 +10,7 @@ import torch
 
 from ..building.build import JOURNAL_TOKENS, build_datastore, encode_keys, key_of, manifest_settings
 from ..building.estimate import Trial, estimate_build, table
+from ..datastore.datastore import Datastore
 from ..datastore.disk import free_bytes, refuse_small_disk
 from ..datastore.fingerprint import file_fingerprint
 from ..datastore.journal import refuse_finished
@@ -21,7 +22,9 @@ from ..encoding.key_extractor import extractor_of
 from ..encoding.samples import to_device
 from ..errors import UserError
 from ..options import DEFAULT_METRIC
+from ..plugin.results import description, write_results
 from ..plugin.stock_flags import shard_faults
+from ..scoring.in_effect import DEFAULT, GIVEN, settings_line
 from ..search.factory import default_factory, refuse_unbuildable
 from .command_line import (
     context_settings,
@@ -76,6 +79,7 @@ def run(cfg, args):
     directory = _output_directory(cfg)
     cfg.task.knn_datastore = None  # it is written here, not searched
     num_shards, shard_id = _shard_of(cfg)
+    _refuse_output(cfg, args, num_shards)
     if args.estimate or args.entries is not None or args.dimension is not None:
         if shard_id == 0:
             print_estimate(cfg, args, directory)
@@ -90,6 +94,8 @@ def run(cfg, args):
     else:
         refuse_finished(directory)
     task, model, model_sha256 = load_task_and_model(cfg)
+    settings = list(_settings_in_effect(cfg, task))
+    logger.info(settings_line(settings))
     blocks = _load_blocks(cfg, task, model)
     build_datastore(
         directory,
@@ -102,6 +108,45 @@ def run(cfg, args):
         shard_id,
         args.overwrite,
     )
+    if cfg.task.knn_output is not None:
+        write_results(cfg.task.knn_output, _results(cfg, task, directory, settings))
+
+
+def _refuse_output(cfg, args, num_shards: int) -> None:
+    if cfg.task.knn_output is None:
+        return
+    if args.estimate or num_shards > 1:
+        raise UserError(
+            "--knn-output is of a datastore that one process builds: drop it, and describe the "
+            "finished one by fairseq-knnlm-info --knn-output"
+        )
+
+
+def _results(cfg, task, directory: str, settings: list) -> dict:
+    """What ``--knn-output`` of every command has, of a datastore that was built."""
+    datastore = description(Datastore.open(directory))
+    return {
+        "program": "fairseq-knnlm-build",
+        "tokens": datastore["entries"],
+        "settings": {name: {"value": value, "source": source} for name, value, source in settings},
+        "model": {"path": cfg.common_eval.path, **datastore["model"]},
+        "data": {"path": cfg.task.data, **datastore["data"]},
+        "context": datastore["context"],
+        "datastores": [datastore],
+        "versions": datastore["versions"],
+    }
+
+
+def _settings_in_effect(cfg, task):
+    """Name, value and source of what a datastore is built with."""
+    for name, value in (
+        ("key", task.key["type"]),
+        ("key_layer", task.key["layer"]),
+        ("metric", cfg.task.knn_metric or DEFAULT_METRIC),
+        ("index", cfg.task.knn_index or "by size"),
+    ):
+        is_given = getattr(cfg.task, f"knn_{name}") is not None
+        yield name, value, GIVEN if is_given else DEFAULT
 
 
 def _manifest_settings(cfg, task, model, model_sha256: str) -> dict:

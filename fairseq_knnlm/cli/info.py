@@ -6,8 +6,10 @@ from collections.abc import Iterator
 
 from ..datastore.datastore import Datastore
 from ..datastore.manifest import INDEX
-from ..datastore.tuned import read_tuned
+from ..datastore.tuned import in_words, read_tuned
 from ..errors import UserError
+from ..files import refuse_unwritable
+from ..plugin.results import description, write_results
 from ..scoring.tuned_settings import settings_of_tuned
 from .command_line import ending_with_text
 
@@ -20,6 +22,9 @@ def make_parser():
     parser.add_argument("datastore", metavar="DIR", help="datastore directory")
     parser.add_argument(
         "--verify", action="store_true", help="read every byte and compare it with its checksum"
+    )
+    parser.add_argument(
+        "--knn-output", metavar="FILE", help="write what it holds there as well, as JSON"
     )
     return parser
 
@@ -38,6 +43,8 @@ def run(args):
         UserError: if it is no whole datastore, or damaged, or what was tuned with it cannot be
             used; after all that can be said of it is printed.
     """
+    if args.knn_output is not None:
+        refuse_unwritable("--knn-output", args.knn_output)
     datastore = Datastore.open(args.datastore)
     print("\n".join(describe(datastore)))
     faults = []
@@ -56,6 +63,21 @@ def run(args):
             print("verified: every byte is as the manifest says, and so is the kind of the index")
     if faults:
         raise UserError("; ".join(faults))
+    if args.knn_output is not None:
+        write_results(args.knn_output, _results(datastore, args.verify))
+
+
+def _results(datastore: Datastore, verified: bool) -> dict:
+    """What ``--knn-output`` of every command has, of a datastore."""
+    described = description(datastore)
+    return {
+        "program": "fairseq-knnlm-info",
+        "tokens": described["entries"],
+        **{name: described.get(name) for name in ("model", "data", "context", "versions")},
+        "datastores": [described],
+        "tuned": read_tuned(datastore.path),
+        "verified": verified,
+    }
 
 
 def damages(datastore: Datastore) -> Iterator[str]:
@@ -121,28 +143,8 @@ def describe_tuned(datastore: Datastore) -> Iterator[str]:
     if datastore.manifest["checksum"] not in tuned["datastores"]:
         yield "tuned        no: what is stored was tuned before the datastore was built again"
         return
-    settings = settings_of_tuned(tuned, datastore.path)
+    settings_of_tuned(tuned, datastore.path)  # refuses what cannot be used
     others = len(tuned["datastores"]) - 1
-    yield (
-        f"tuned        k {settings['k']}, lambda {settings['knn_lambda']:g}, temperature "
-        f"{_number(settings['temperature'])}, "
-        + ("" if settings["distances"] == "exhaustive" else f"nprobe {settings['nprobe']}, ")
-        + f"{settings['distances']} distances"
-        + _describe_cache(settings)
-        + (f", on {tuned['tuned_on']['split']}" if "tuned_on" in tuned else "")
-        + (f", with {others} other datastores" if others else "")
-    )
-
-
-def _number(value) -> str:
-    """A number in few digits; a text, as ``auto``, as it is."""
-    return value if isinstance(value, str) else f"{value:g}"
-
-
-def _describe_cache(tuned: dict) -> str:
-    if not tuned.get("cache_size"):
-        return ""
-    return (
-        f", cache {tuned['cache_size']} of weight {tuned['cache_lambda']:g}, theta "
-        f"{tuned['cache_theta']:g}"
+    yield f"tuned        {in_words(tuned)}" + (
+        f", with {others} other datastores" if others else ""
     )

@@ -15,8 +15,11 @@ from ..errors import UserError
 from ..files import refuse_unwritable, write_atomically, write_json
 from ..inspection import as_html, as_text
 from ..inspection.tokens import Inspector, Passage, Token
+from ..plugin.results import circumstances, write_results
+from ..scoring.settings import Settings
 from .command_line import (
     Outputs,
+    context_settings,
     make_eval_parser,
     require_datastore,
     run_command,
@@ -87,21 +90,21 @@ def run(cfg, args):
     span = _check(cfg, args)
     lines = read_lines(args.passage) if args.passage else None
     task, model, _ = load_task_and_model(cfg)
-    if task.settings.cache_size:
-        raise UserError(
-            "fairseq-knnlm-inspect shows neighbours, no continuous cache: give k, "
-            "lambda and temperature as flags, without --knn-cache-size and --knn-tuned"
-        )
+    in_effect = task.settings_without_cache("fairseq-knnlm-inspect")
+    task.log_settings(in_effect)
+    settings = in_effect.settings
     if lines is None:
         dataset = load_split(task, cfg.dataset.gen_subset)
         _refuse_beyond(span, int(dataset.sizes.sum()), cfg.dataset.gen_subset)
         source = f"{cfg.dataset.gen_subset} {args.positions}"
-        tokens = _look(cfg, args, task, model, dataset, span)
+        tokens = _look(cfg, args, task, model, settings, dataset, span)
     else:
         source = "standard input" if args.passage == "-" else args.passage
         with loaded_text(task, lines, source, _word_splitter(cfg, task)) as (dataset, words):
-            tokens = _look(cfg, args, task, model, dataset, (0, len(words)), words)
-    passage = Passage(source, _described(cfg, task), tokens, len(task.retriever.datastores))
+            tokens = _look(cfg, args, task, model, settings, dataset, (0, len(words)), words)
+    passage = Passage(
+        source, _described(cfg, task, settings), tokens, len(task.retriever.datastores)
+    )
     outputs = Outputs()
     with outputs.writing("to standard output"):
         _print(as_text.render(passage, _wants_color(sys.stdout, os.environ)))
@@ -111,6 +114,11 @@ def run(cfg, args):
     if args.json:
         with outputs.writing(f"--json {args.json}"):
             write_json(args.json, passage.to_dict())
+    if cfg.task.knn_output is not None:
+        split = None if args.passage else cfg.dataset.gen_subset
+        found_with = circumstances(task, in_effect, context_settings(cfg), split)
+        with outputs.writing(f"--knn-output {cfg.task.knn_output}"):
+            write_results(cfg.task.knn_output, {**_results(passage), **found_with})
     outputs.refuse_unwritten()
 
 
@@ -126,6 +134,11 @@ def _check(cfg, args) -> Optional[tuple[int, int]]:
     if cfg.distributed_training.distributed_world_size > 1:
         raise UserError("fairseq-knnlm-inspect runs in one process")
     require_datastore(cfg)
+    if cfg.common_eval.post_process is not None:
+        raise UserError(
+            "fairseq-knnlm-inspect shows tokens, and perplexity is of them: drop --remove-bpe "
+            "(--post-process)"
+        )
     if (args.passage is None) == (args.positions is None):
         raise UserError(
             "which text? Expected either --input FILE or --positions START:STOP (of "
@@ -179,9 +192,11 @@ def _word_splitter(cfg, task):
 # -- looking -----------------------------------------------------------------------------------
 
 
-def _look(cfg, args, task, model, dataset, span, words: Optional[list] = None) -> list[Token]:
+def _look(
+    cfg, args, task, model, settings: Settings, dataset, span, words: Optional[list] = None
+) -> list[Token]:
     """What is known of the target tokens of a span; *words*: all of the split, as written."""
-    retriever, settings = task.retriever, task.settings
+    retriever = task.retriever
     inspector = Inspector(
         retriever.datastores,
         task.target_dictionary,
@@ -217,15 +232,28 @@ def _samples(cfg, task, model, dataset, start: int, stop: int) -> Iterator[tuple
             yield first, to_device(wanted, device)
 
 
-def _described(cfg, task) -> dict:
+def _described(cfg, task, settings: Settings) -> dict:
     """What the neighbours were found and mixed with, by the names that are shown."""
     return {
         "checkpoint": cfg.common_eval.path,
         "datastore": cfg.task.knn_datastore,
         "k": task.retriever.k,
-        "lambda": task.settings.knn_lambda,
-        "temperature": task.settings.temperature,
+        "lambda": settings.knn_lambda,
+        "temperature": settings.temperature,
         "metric": task.retriever.metric,
+    }
+
+
+def _results(passage: Passage) -> dict:
+    """What ``--knn-output`` of every command has, and the passage."""
+    perplexities = passage.perplexities()
+    return {
+        "program": "fairseq-knnlm-inspect",
+        "source": passage.source,
+        "tokens": len(passage.tokens),
+        "perplexity": perplexities["mixture"],
+        "base_perplexity": perplexities["lm"],
+        "passage": passage.to_dict(),
     }
 
 

@@ -31,13 +31,14 @@ def load_task_and_model(cfg) -> Loaded:
     """Task and model as ``fairseq-eval-lm`` sets them up.
 
     Raises:
-        UserError: if ``--path`` names no checkpoint, or several, or another flag of the model or
-            the data cannot be.
+        UserError: if ``--path`` names no checkpoint, or several, or another flag cannot be.
     """
     path = cfg.common_eval.path
     if not path:
         raise UserError("--path is missing: which checkpoint?")
     cfg.task.tokens_per_sample -= max(0, cfg.eval_lm.context_window)
+    if cfg.task.knn_output_tokens is not None:
+        raise UserError("--knn-output-tokens is for fairseq-eval-lm: drop it")
     task = tasks.setup_task(cfg.task)
     (model,), _, task = checkpoint_utils.load_model_ensemble_and_task(
         [path],

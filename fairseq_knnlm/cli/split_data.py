@@ -12,6 +12,7 @@ from ..datastore.fingerprint import file_fingerprint
 from ..encoding.key_extractor import extractor_of
 from ..errors import UserError
 from ..files import refuse_unwritable
+from ..scoring.words import continued_ids, word_starts
 from ..tuning.collect import collect
 from ..tuning.tuning_data import TuningData, load, refuse_other, save
 from .command_line import Outputs, context_settings, with_progress
@@ -33,6 +34,7 @@ class SplitData:
     Attributes:
         split (str): of the data.
         settings (dict): everything that decides what is retrieved.
+        tokens (int): targets of the split.
 
     Raises:
         UserError: if there is no such split, it has no known word, or the file is of others.
@@ -51,7 +53,12 @@ class SplitData:
         self._cfg, self._path = cfg, path
         self._task, self._model, self._model_sha256 = loaded
         self._dataset = load_split(self._task, split)
+        self.tokens = int(np.sum(self._dataset.sizes))
         self._refuse_unknown_words()
+        post_process = cfg.common_eval.post_process
+        self._continued = None
+        if post_process is not None:
+            self._continued = continued_ids(self._task.source_dictionary, post_process)
         self.settings = self._settings()
         self._is_kept = path is not None and os.path.exists(path)
         if self._is_kept:
@@ -60,6 +67,12 @@ class SplitData:
             if path is not None:
                 refuse_unwritable("--knn-neighbors", path)
             self._samples = evaluation_samples(cfg, self._task, self._model, self._dataset)
+
+    def word_starts(self, data: TuningData) -> Optional[np.ndarray]:
+        """Rows at which the words of ``--remove-bpe`` begin; None where tokens count."""
+        if self._continued is None:
+            return None
+        return word_starts(data.targets, self._dataset.sizes, self._continued)
 
     def _refuse_unknown_words(self) -> None:
         dictionary = self._task.target_dictionary
@@ -115,7 +128,7 @@ class SplitData:
         return collect(
             self._model,
             progress,
-            int(np.sum(self._dataset.sizes)),
+            self.tokens,
             self._task.target_dictionary.eos(),
             self._task.retriever,
             self._task.key,

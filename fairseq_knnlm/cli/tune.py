@@ -7,19 +7,25 @@ import sys
 import time
 from typing import Optional
 
-from ..files import without_infinities, write_json
+from ..files import without_infinities
+from ..plugin.config import datastore_paths
+from ..plugin.results import circumstances, write_results
 from ..reporting import report
 from ..reporting.sizes import tune_sizes
-from ..tuning.choice import Chosen, command, measure, store
-from ..tuning.grid import KNNGridPoint, best
-from ..tuning.knn_sweep import best_of_each_k, sweep, temperature_at_an_end
+from ..scoring.settings import AUTO
+from ..tuning.choice import METHODS, Chosen, command, measure, refuse_to_replace, store
+from ..tuning.grid import KNNGridPoint, best, of_larger_units
+from ..tuning.knn_sweep import best_of_each_k, k_at_an_end, sweep, temperature_at_an_end
 from ..tuning.tuning_data import TuningData, beside
-from .command_line import Outputs, run_command, with_progress
+from .command_line import Outputs, context_settings, run_command, with_progress
 from .loading import Loaded, load_task_and_model
 from .split_data import SplitData
 from .tune_flags import cache_grid, knn_grid, make_parser, refuse_flags, refuse_same_text
 
 logger = logging.getLogger("fairseq_knnlm.tune")
+
+# Settings that a grid is tried with. Of k, and of the size of a cache, this is the largest.
+_NOT_TUNED = ("k", "nprobe", "distances", "cache_size", "cache_metric", "cache_reset")
 
 
 def main(argv=None):
@@ -42,19 +48,18 @@ def run(cfg, args, typed) -> None:
     """
     refuse_flags(cfg, args)
     knn, cache = knn_grid(cfg, args), cache_grid(cfg, args)
-    loaded = load_task_and_model(cfg)
-    task = loaded.task
-    task.warn_of_no_neighbors()
-    tuned_on, reported_on = _splits(cfg, args, loaded)
+    task, tuned_on, reported_on = _prepare(cfg, args)
     outputs = Outputs()
     data = tuned_on.obtain(outputs)
-    points = _tune(cfg, tuned_on.split, data, knn) if task.retriever else []
+    starts = tuned_on.word_starts(data)
+    per_unit = 1.0 if starts is None else len(data.log_p_lm) / len(starts)
+    points = _tune(cfg, tuned_on.split, data, knn, per_unit) if task.retriever else []
     chosen = Chosen(task.settings, best(points) if points else None)
     if cache:
-        chosen = chosen.tune_cache(data, **cache)
+        chosen = chosen.tune_cache(data, **cache, tokens_per_unit=per_unit)
     sizes = tune_sizes(data, chosen.knn.temperature) if args.report else []
     summary = {
-        "tuned_on": measure(tuned_on.split, data, chosen),
+        "tuned_on": measure(tuned_on.split, data, chosen, starts),
         **{name: point._asdict() for name, point in chosen.points().items()},
     }
     if reported_on is tuned_on:
@@ -63,28 +68,58 @@ def run(cfg, args, typed) -> None:
     elif reported_on is not None:
         del data  # two splits need not fit in memory
         data = reported_on.obtain(outputs)
-        summary["reported_on"] = measure(reported_on.split, data, chosen)
+        starts = reported_on.word_starts(data)
+        summary["reported_on"] = measure(reported_on.split, data, chosen, starts)
     summary["command"] = command(typed, (reported_on or tuned_on).split, chosen)
-    if task.retriever:
+    if task.retriever and not args.no_store:
         with outputs.writing(f"what was tuned into {task.retriever.datastores[0].path}"):
             store(task.retriever.datastores, tuned_on.settings, chosen, summary)
-    _write_files(args, task, summary, points, data, sizes, outputs)
-    logger.info(f"evaluate with: {summary['command']}")
-    logger.info(json.dumps(without_infinities(summary)))
-    outputs.refuse_unwritten()
-
-
-def _write_files(args, task, summary: dict, points, data, sizes, outputs: Outputs) -> None:
-    """What ``--knn-output`` and ``--report`` ask for."""
-    if args.knn_output:
-        with outputs.writing(f"--knn-output {args.knn_output}"):
-            write_json(args.knn_output, {**summary, "grid": [point._asdict() for point in points]})
+    if cfg.task.knn_output is not None:
+        grid = [point._asdict() for point in points]
+        with outputs.writing(f"--knn-output {cfg.task.knn_output}"):
+            results = {**_results(cfg, task, chosen, summary), **summary, "grid": grid}
+            write_results(cfg.task.knn_output, results)
     if args.report:
         with outputs.writing(f"--report {args.report}"):
             page = report.write(
                 args.report, summary, points, data, sizes, task.retriever, task.target_dictionary
             )
             logger.info(f"report written to {page}")
+    logger.info(f"evaluate with: {summary['command']}")
+    logger.info(json.dumps(without_infinities(summary)))
+    outputs.refuse_unwritten()
+
+
+def _prepare(cfg, args):
+    """Load everything, and refuse what cannot be, before any work.
+
+    Returns:
+        tuple: the task, what is tuned on and what is reported on, see ``_splits``.
+    """
+    if cfg.task.knn_temperature in (None, AUTO):
+        # The grid has temperatures of its own, so a datastore that records none can be tuned.
+        cfg.task.knn_temperature = "1"
+    loaded = load_task_and_model(cfg)
+    task = loaded.task
+    task.warn_of_no_neighbors()
+    logger.info(f"{task.in_effect.line(_NOT_TUNED)}; the others are tuned")
+    tuned_on, reported_on = _splits(cfg, args, loaded)
+    if task.retriever and not (args.no_store or args.overwrite):
+        refuse_to_replace(datastore_paths(cfg.task), tuned_on.settings["data"], tuned_on.tokens)
+    return task, tuned_on, reported_on
+
+
+def _results(cfg, task, chosen: Chosen, summary: dict) -> dict:
+    """What ``--knn-output`` of every command has: figures of the best setting, and what it is."""
+    measured = summary.get("reported_on", summary["tuned_on"])
+    *_, method = (name for name in METHODS if f"{name}_perplexity" in measured)
+    in_effect = task.in_effect.with_tuned(chosen.final())
+    return {
+        "program": "fairseq-knnlm-tune",
+        **{name: measured[name] for name in ("split", "tokens", "counted", "base_perplexity")},
+        "perplexity": measured[f"{method}_perplexity"],
+        **circumstances(task, in_effect, context_settings(cfg), measured["split"]),
+    }
 
 
 def _splits(cfg, args, loaded: Loaded) -> tuple[SplitData, Optional[SplitData]]:
@@ -103,10 +138,12 @@ def _splits(cfg, args, loaded: Loaded) -> tuple[SplitData, Optional[SplitData]]:
     return tuned_on, reported_on
 
 
-def _tune(cfg, split: str, data: TuningData, grid: dict) -> list[KNNGridPoint]:
-    """Every point of the grid; the best ones are logged."""
+def _tune(
+    cfg, split: str, data: TuningData, grid: dict, tokens_per_unit: float
+) -> list[KNNGridPoint]:
+    """Every point of the grid, perplexity of the units that count; the best ones are logged."""
     started = time.monotonic()
-    points = sweep(data, **grid)
+    points = [of_larger_units(point, tokens_per_unit) for point in sweep(data, **grid)]
     chosen = best(points)
     logger.info(
         f"{len(points)} settings in {time.monotonic() - started:.1f} s; best: k {chosen.k}, "
@@ -114,6 +151,12 @@ def _tune(cfg, split: str, data: TuningData, grid: dict) -> list[KNNGridPoint]:
     )
     if temperature_at_an_end(points):
         logger.warning("the best temperature is at an end of the range that was tried")
+    end = k_at_an_end(points)
+    if end is not None:
+        flags = "--knn-k" if end == "largest" else "--knn-grid-k"
+        logger.warning(
+            f"the best k, {chosen.k}, is the {end} that was tried: see {flags} for others"
+        )
     # Perplexity against k, in fairseq's form, which TensorBoard has as well.
     progress = with_progress(cfg, [], prefix=f"tune {split}")
     for point in best_of_each_k(points):

@@ -4,7 +4,6 @@ import math
 from typing import Callable, Optional
 
 from ..errors import UserError
-from ..files import refuse_unwritable
 from ..plugin.config import datastore_paths, given_settings
 from ..reporting.report import refuse_impossible
 from ..scoring.settings import Settings
@@ -64,7 +63,14 @@ def make_parser():
         "of model, neighbours and cache are computed",
     )
     parser.add_argument(
-        "--knn-output", metavar="FILE", help="write the grid and the report there, as JSON"
+        "--no-store",
+        action="store_true",
+        help="leave the setting that is stored in the datastore as it is",
+    )
+    parser.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="replace the stored setting also if it was tuned on more text",
     )
     parser.add_argument(
         "--report",
@@ -95,8 +101,10 @@ def refuse_flags(cfg, args) -> None:
         )
     if args.report is not None and not datastore_paths(cfg.task):
         raise UserError("--report is about neighbours: --knn-datastore is missing")
-    if args.knn_output:
-        refuse_unwritable("--knn-output", args.knn_output)
+    if args.report is not None and cfg.common_eval.post_process is not None:
+        raise UserError(
+            "the figures of --report are of tokens, not of the words of --remove-bpe: drop one"
+        )
     if args.report is not None:
         refuse_impossible(args.report)
 

@@ -28,6 +28,8 @@ _FIELDS = Record(
     },
     {"tuned_on": Record({"split": TEXT}, {})},
 )
+# Field of a setting with a continuous cache: k, lambda and temperature of neighbours alone.
+WITHOUT_CACHE = "without_cache"
 
 
 def save_tuned(paths: Sequence[str], tuned: dict) -> str:
@@ -114,6 +116,42 @@ def tuned_for(paths: Sequence[str]) -> dict:
                 f"tuned with ({checksum}): its index, model or text is another; tune again"
             )
     return tuned
+
+
+def find_tuned(paths: Sequence[str]) -> Optional[dict]:
+    """As ``tuned_for``; None where nothing was tuned with exactly these datastores.
+
+    Args:
+        paths (sequence of str): their directories, in the order they are searched in.
+    """
+    try:
+        return tuned_for(paths)
+    except UserError:
+        return None
+
+
+def in_words(tuned: dict) -> str:
+    """The setting that was tuned, and on what, for a person to read.
+
+    Args:
+        tuned (dict): from ``read_tuned``, or with its fields.
+    """
+    parts = [
+        f"k {tuned['k']}, lambda {tuned['knn_lambda']:g}, temperature {tuned['temperature']:g}"
+    ]
+    distances = tuned.get("distances")
+    if distances != "exhaustive" and "nprobe" in tuned:
+        parts.append(f"nprobe {tuned['nprobe']}")
+    if distances:
+        parts.append(f"{distances} distances")
+    if tuned.get("cache_size"):
+        parts.append(
+            f"cache {tuned['cache_size']} of weight {tuned['cache_lambda']:g}, theta "
+            f"{tuned['cache_theta']:g}"
+        )
+    if "tuned_on" in tuned:
+        parts.append(f"on {tuned['tuned_on']['split']}, {tuned['tuned_on']['tokens']:,} tokens")
+    return ", ".join(parts)
 
 
 def _refuse_none(paths: Sequence[str]) -> None:

@@ -9,7 +9,7 @@ from .blocks import Block, BlockDataset, document_starts, refuse_oversized
 from .chunks import plan_chunks, shard, split_evenly
 from .encode import Encoded, encode, target_log_probs
 from .key_extractor import KEY_TYPES, KeyExtractor, extractor_of
-from .samples import ChunkCollater, make_samples, only_rows, to_device
+from .samples import ChunkCollater, make_samples, only_rows, sample_of, to_device
 
 __all__ = [
     "KEY_TYPES",
@@ -25,6 +25,7 @@ __all__ = [
     "only_rows",
     "plan_chunks",
     "refuse_oversized",
+    "sample_of",
     "shard",
     "split_evenly",
     "target_log_probs",

@@ -103,7 +103,7 @@ def refuse_not_finite(encoded: Encoded) -> None:
 
 def target_log_probs(
     decoder, features, targets, softmax_batch: int = 0, log_normalizer: bool = False
-):
+) -> tuple[torch.Tensor, Optional[torch.Tensor]]:
     """log p_lm of the targets, without the rest of the distribution.
 
     Of an adaptive softmax only the head and the clusters that hold a target are computed.

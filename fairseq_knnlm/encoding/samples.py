@@ -5,7 +5,7 @@ chunk, blocks of similar length share a *batch*, the unit of a forward pass.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Optional
+from typing import Optional, TypeVar
 
 import numpy as np
 import torch
@@ -13,6 +13,9 @@ import torch
 from ..arguments import check_arguments, or_none
 from ..fields import whole
 from .blocks import Block, BlockDataset
+
+# A tensor, or dicts and lists of them.
+Sample = TypeVar("Sample")
 
 
 def plan_batches(lengths: Sequence[int], max_tokens: int, max_sentences: Optional[int]):
@@ -142,7 +145,27 @@ def make_samples(
         yield collate([blocks[index] for index in chunk])
 
 
-def to_device(sample, device: torch.device):
+def sample_of(
+    sources: Sequence[torch.Tensor], targets: Sequence[torch.Tensor], pad: int = 1
+) -> dict:
+    """A sample of texts that are each read as a whole, in one batch.
+
+    Args:
+        sources (sequence of LongTensor): what each text is read as. The token in front of the first
+            target is ``</s>``: of a text that ends with it, the text rolled by 1.
+        targets (sequence of LongTensor): the tokens that are predicted; each by the source in its
+            place.
+        pad (int): padding token id; by default that of fairseq's dictionaries.
+
+    Returns:
+        dict: see ``ChunkCollater``, on the device of *sources*.
+    """
+    longest = max(map(len, sources))
+    blocks = [Block(i, *pair) for i, pair in enumerate(zip(sources, targets))]
+    return to_device(ChunkCollater(pad, longest * len(blocks))(blocks), sources[0].device)
+
+
+def to_device(sample: Sample, device: torch.device) -> Sample:
     """A sample with all its tensors on a device.
 
     Args:

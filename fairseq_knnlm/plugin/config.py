@@ -15,6 +15,7 @@ from fairseq.tasks.language_modeling import LanguageModelingConfig
 
 from ..encoding.key_extractor import KEY_TYPES
 from ..errors import UserError
+from ..files import refuse_unwritable
 from ..options import (
     DEFAULT_DISTANCES,
     DEFAULT_K,
@@ -176,6 +177,20 @@ class KNNLMConfig(LanguageModelingConfig):
             "(default: 0, none)"
         },
     )
+    knn_output: Optional[str] = field(
+        default=None,
+        metadata={
+            "help": "fairseq-eval-lm and fairseq-knnlm-*: write the results there, as JSON, with "
+            "the settings in effect, where each comes from, hashes and versions (default: nowhere)",
+        },
+    )
+    knn_output_tokens: Optional[str] = field(
+        default=None,
+        metadata={
+            "help": "fairseq-eval-lm: write for each token its log-probability by the model, the "
+            "neighbours, the cache and all together there, as .npz (default: nowhere)",
+        },
+    )
 
 
 def check_settings(cfg) -> None:
@@ -206,6 +221,9 @@ def check_settings(cfg) -> None:
         faults.append("--knn-tuned needs the --knn-datastore that was tuned")
     if faults:
         raise UserError("; ".join(faults))
+    for name in ("knn_output", "knn_output_tokens"):
+        if getattr(cfg, name) is not None:
+            refuse_unwritable(flag_of(name), getattr(cfg, name))
 
 
 def datastore_paths(cfg) -> list[str]:

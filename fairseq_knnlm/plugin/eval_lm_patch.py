@@ -8,10 +8,12 @@ class, runs the stock function and puts both back.
 
 import logging
 import math
+from typing import Callable, Optional
 
 import torch
 import torch.distributed as dist
 
+from ..scoring.words import continued_ids, word_starts
 from .commands import running_names
 
 logger = logging.getLogger(__name__)
@@ -21,11 +23,13 @@ logger = logging.getLogger(__name__)
 _IMPOSSIBLE = -1e30
 
 
-def use_scorer(make_scorer) -> None:
+def use_scorer(make_scorer: Callable, on_end: Optional[Callable[[int], None]] = None) -> None:
     """Make the ``fairseq-eval-lm`` that runs in this process score with our scorer, once.
 
     Args:
         make_scorer (callable): takes ``softmax_batch``, gives a ``KNNScorer``.
+        on_end (callable): called when all is scored, with the number of units that were counted in
+            this process: targets, or the words of ``--remove-bpe``.
     """
     names = running_names("eval_lm")
     if names is None:  # the task is used by another program
@@ -41,9 +45,12 @@ def use_scorer(make_scorer) -> None:
         )
         names["SequenceScorer"] = lambda dictionary, softmax_batch: scorer
         try:
-            return scorer.total(stock(**arguments))
+            total = scorer.total(stock(**arguments))
         finally:
             names["SequenceScorer"] = stock_scorer
+        if on_end is not None:
+            on_end(scorer.counted)
+        return total
 
     eval_lm.stock = stock
     names["eval_lm"] = eval_lm
@@ -55,20 +62,18 @@ class _CountingScorer:
     Args:
         scorer (KNNScorer): the scorer.
         dictionary: fairseq's dictionary of the data.
-        post_process (str): ``--remove-bpe``: a token that ends with it counts as a part of the
-            next one; None: every token counts.
+        post_process (str): ``--remove-bpe``: words are counted, see ``scoring.words``; None: every
+            token counts.
+
+    Attributes:
+        counted (int): targets so far that count.
     """
 
     def __init__(self, scorer, dictionary, post_process):
         self._scorer = scorer
         self._targets = 0
-        self._counted = 0
-        self._continued = torch.tensor(
-            [i for i in range(len(dictionary)) if dictionary[i].endswith(post_process.rstrip())]
-            if post_process
-            else [],
-            dtype=torch.long,
-        )
+        self.counted = 0
+        self._continued = None if post_process is None else continued_ids(dictionary, post_process)
 
     def generate(self, models, sample):
         """Score a sample, with finite scores only.
@@ -83,9 +88,13 @@ class _CountingScorer:
         if sample["history"]:
             return hypotheses
         self._targets += len(sample["target"])
-        for targets in sample["target"].cpu().split(sample["target_lengths"]):
-            self._counted += len(targets) - int(torch.isin(targets[:-1], self._continued).sum())
+        self.counted += self._count(sample["target"].cpu(), sample["target_lengths"])
         return hypotheses
+
+    def _count(self, targets, lengths) -> int:
+        if self._continued is None:
+            return len(targets)
+        return len(word_starts(targets, lengths, self._continued))
 
     def total(self, results):
         """The result of all processes; a warning says so where impossible targets decide it.
@@ -93,9 +102,9 @@ class _CountingScorer:
         Args:
             results (dict): what the stock ``eval_lm`` returns in this process.
         """
-        bits = float(results["loss"]) * self._counted
+        bits = float(results["loss"]) * self.counted
         bits, counted, targets, impossible = _sum_over_processes(
-            bits, self._counted, self._targets, self._scorer.impossible
+            bits, self.counted, self._targets, self._scorer.impossible
         )
         loss = bits / counted if counted else 0.0
         if impossible:

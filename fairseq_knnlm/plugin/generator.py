@@ -11,10 +11,9 @@ from typing import TYPE_CHECKING, Optional
 from fairseq import utils
 from fairseq.sequence_generator import EnsembleModel, SequenceGenerator
 
-from ..encoding.blocks import Block
 from ..encoding.encode import encode
 from ..encoding.key_extractor import extractor_of
-from ..encoding.samples import ChunkCollater, to_device
+from ..encoding.samples import sample_of
 from ..errors import UserError
 from ..probability.knn import vocabulary_log_probs
 from ..probability.mixture import mix
@@ -136,7 +135,7 @@ class KNNGenerator(SequenceGenerator):
         source[0] = bos
         model, retriever = self.model.single_model, self.model.retriever
         with extractor_of(model, retriever.key) as extractor:
-            encoded = encode(model, _chunk([source], [tokens], self.pad), extractor)
+            encoded = encode(model, sample_of([source], [tokens], self.pad), extractor)
         neighbors = retriever.search(encoded.keys)
         self._memories.take(hypothesis, encoded.log_p_lm, neighbors, prompt_size)
 
@@ -174,12 +173,4 @@ class ReferenceScorer(KNNScorer):
             source[: max(1, len(target))]
             for source, target in zip(sample["net_input"]["src_tokens"], targets)
         ]
-        return super().generate(models, _chunk(sources, targets, self.pad))
-
-
-def _chunk(sources, targets, pad):
-    """A sample for ``encode`` in one batch; each target is predicted by the source in its place."""
-    longest = max(map(len, sources))
-    blocks = [Block(i, *pair) for i, pair in enumerate(zip(sources, targets))]
-    sample = ChunkCollater(pad, longest * len(blocks))(blocks)
-    return to_device(sample, sources[0].device)
+        return super().generate(models, sample_of(sources, targets, self.pad))

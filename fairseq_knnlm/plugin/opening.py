@@ -1,41 +1,102 @@
 """What the flags open: settings and datastores; and which models fit the task."""
 
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, NamedTuple, Optional
+
 from fairseq import models
 from fairseq.models import FairseqLanguageModel
 from fairseq.models.transformer import TransformerDecoderBase
 
 from ..datastore.schema import require
-from ..datastore.tuned import tuned_for
+from ..datastore.tuned import find_tuned, in_words, tuned_for
 from ..errors import UserError
 from ..scoring.compatibility import NEEDED_FIELDS, refuse_unexpected_flags
-from ..scoring.settings import AUTO, Settings, flag_of, starting_temperature
-from ..scoring.tuned_settings import settings_of_tuned
+from ..scoring.in_effect import InEffect
+from ..scoring.settings import Settings, flag_of, with_temperature
+from ..scoring.tuned_settings import neighbors_alone, settings_of_tuned
 from .config import datastore_paths, given_settings, refuse_other_than_tuned
 
+if TYPE_CHECKING:  # FAISS is loaded where a datastore is opened: training needs none
+    from ..search.retriever import Retriever
 
-def settings_and_retriever(args):
+
+class Opened(NamedTuple):
+    """What the flags of a task open.
+
+    in_effect (InEffect): settings, as given, else as tuned, else defaults.
+    retriever (Retriever): searches the datastores; None without any.
+    alone (dict): the best setting of neighbours alone, where one with a cache was tuned and is in
+        effect; None elsewhere.
+    unused (str): what lies tuned in the datastore and is not in effect, in words; None: nothing.
+    """
+
+    in_effect: InEffect
+    retriever: Optional["Retriever"] = None
+    alone: Optional[dict] = None
+    unused: Optional[str] = None
+
+    def without_cache(self, what: str) -> InEffect:
+        """What is in effect where there can be no cache: of what was tuned, neighbours alone.
+
+        Args:
+            what (str): knows no cache, for the message.
+
+        Raises:
+            UserError: if a flag asks for a cache, or nothing was tuned without one.
+        """
+        if not self.in_effect.settings.cache_size:
+            return self.in_effect
+        if self.alone is not None:
+            return self.in_effect.without_cache(self.alone)
+        raise UserError(
+            f"{what} knows no continuous cache, which --knn-cache-size asks for, or --knn-tuned "
+            "where it was tuned with one: drop the flag, or run fairseq-knnlm-tune again, which "
+            "keeps the best setting of neighbours alone as well"
+        )
+
+    def lines(self, in_effect: InEffect) -> Iterator[str]:
+        """What to log of the settings.
+
+        Args:
+            in_effect (InEffect): those of the command that runs.
+        """
+        yield in_effect.line()
+        if in_effect.settings.cache_size < self.in_effect.settings.cache_size:
+            yield "tuned with a continuous cache, which is not used here: the best without it"
+        if self.unused is not None:
+            yield self.unused
+
+
+def open_datastores(args) -> Opened:
     """What the flags ask for, once for a task.
 
     Args:
         args: the task's part of the command line.
-
-    Returns:
-        tuple: ``Settings``, as given, else as tuned, else defaults, and the ``Retriever``; None
-        without a datastore.
 
     Raises:
         UserError: if a datastore is not whole, or does not fit the flags or what was tuned.
     """
     paths, given = datastore_paths(args), given_settings(args)
     if not paths:
-        return Settings(**given), None
+        return Opened(InEffect.of(given, searched=False))
+    tuned = alone = None
+    if args.knn_tuned:
+        stored = tuned_for(paths)
+        tuned, alone = settings_of_tuned(stored, paths[0]), neighbors_alone(stored, paths[0])
+        refuse_other_than_tuned(args, tuned)
+    in_effect = InEffect.of(given, tuned)
+    retriever = _open_retriever(args, paths, in_effect.settings)
+    settings = with_temperature(in_effect.settings, retriever.datastores[0])
+    in_effect = in_effect.with_auto(settings)
+    if tuned is None:
+        return Opened(in_effect, retriever, unused=_unused(paths, settings))
+    return Opened(in_effect, retriever, None if "cache_size" in given else alone)
+
+
+def _open_retriever(args, paths: list[str], settings: Settings) -> "Retriever":
     # Imported here, because training needs no FAISS.
     from ..search.retriever import Retriever
 
-    if args.knn_tuned:
-        given = settings_of_tuned(tuned_for(paths), paths[0])
-        refuse_other_than_tuned(args, given)
-    settings = Settings(**given)
     retriever = Retriever.open(
         paths,
         verify=str(args.knn_verify) == "read",
@@ -48,10 +109,20 @@ def settings_and_retriever(args):
         require(datastore.path, datastore.manifest, NEEDED_FIELDS, "the task knnlm_lm")
     fixed = ("knn_key", "knn_key_layer", "knn_metric", "knn_index")
     refuse_unexpected_flags(retriever, {flag_of(name): getattr(args, name) for name in fixed})
-    if settings.temperature == AUTO:
-        temperature = starting_temperature(retriever.datastores[0])
-        settings = settings._replace(temperature=temperature)
-    return settings, retriever
+    return retriever
+
+
+def _unused(paths: list[str], settings: Settings) -> Optional[str]:
+    tuned = find_tuned(paths)
+    if tuned is None:
+        return None
+    try:
+        stored = settings_of_tuned(tuned, paths[0])
+    except UserError as error:  # it is not used: no reason to end here
+        return str(error)
+    if InEffect.of({}, stored).settings == settings:
+        return None
+    return f"tuned settings lie in {paths[0]} ({in_words(tuned)}): --knn-tuned uses them"
 
 
 def refuse_other_models(args) -> None:

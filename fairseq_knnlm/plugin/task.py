@@ -6,6 +6,7 @@ Wires the parts together; besides ``cli/`` the only place that knows fairseq's c
 import functools
 import logging
 import os
+from typing import Optional
 
 import numpy as np
 import torch.distributed as dist
@@ -25,14 +26,18 @@ from ..scoring.compatibility import (
     refuse_other_dictionary,
     refuse_other_model,
 )
+from ..scoring.in_effect import InEffect
+from ..scoring.recorder import TokenRecorder
 from ..scoring.scorer import KNNScorer, make_scorer
+from ..scoring.settings import Settings
 from .commands import end_with_text
 from .compat import allow_plain_data, numpy_compat
 from .config import KNNLMConfig, check_settings, unused_neighbor_flags
 from .eval_lm_patch import use_scorer
 from .generator import KNNGenerator, KNNModel, ReferenceScorer
-from .opening import refuse_other_decoders, refuse_other_models, settings_and_retriever
+from .opening import open_datastores, refuse_other_decoders, refuse_other_models
 from .print_patch import Memories
+from .results import evaluation_output
 
 logger = logging.getLogger(__name__)
 
@@ -49,13 +54,20 @@ class KNNLMTask(LanguageModelingTask):
     Without ``--knn-datastore`` it trains and evaluates as ``language_modeling`` does.
 
     Attributes:
-        settings (Settings): of the search and the mixture: as given, else as tuned, else defaults.
+        in_effect (InEffect): settings of the search and the mixture, and where each comes from.
+        settings (Settings): those settings: as given, else as tuned, else defaults.
         retriever (Retriever): searches the datastores; None without any.
+        model_fingerprint (str): of the weights of the model that was loaded; None where nothing
+            asks for it.
     """
 
     def __init__(self, args, dictionary, output_dictionary=None, targets=None):
         super().__init__(args, dictionary, output_dictionary, targets)
-        self.settings, self.retriever = settings_and_retriever(args)
+        self._opened = open_datastores(args)
+        self.in_effect = self._opened.in_effect
+        self.settings, self.retriever = self.in_effect.settings, self._opened.retriever
+        self.model_fingerprint: Optional[str] = None
+        self._is_logged = False
         if self.retriever is not None:
             fingerprint = dictionary_fingerprint(self.target_dictionary)
             refuse_other_dictionary(self.retriever, fingerprint)
@@ -70,6 +82,27 @@ class KNNLMTask(LanguageModelingTask):
         """
         check_settings(args)
         return super().setup_task(args, **kwargs)
+
+    # -- settings ------------------------------------------------------------------------------
+
+    def log_settings(self, in_effect: InEffect) -> None:
+        """Log the settings in effect, once; and those tuned that are not.
+
+        Args:
+            in_effect (InEffect): those of the command that runs.
+        """
+        if not self._is_logged:
+            self._is_logged = True
+            for line in self._opened.lines(in_effect):
+                logger.info(line)
+
+    def settings_without_cache(self, what: str) -> InEffect:
+        """What is in effect where there can be no cache, see ``Opened.without_cache``.
+
+        Args:
+            what (str): knows no cache, for the message.
+        """
+        return self._opened.without_cache(what)
 
     # -- models --------------------------------------------------------------------------------
 
@@ -92,8 +125,12 @@ class KNNLMTask(LanguageModelingTask):
 
     def _on_weights_loaded(self, model, incompatible_keys):
         refuse_broken_weights(model)
+        # before they are converted to half precision
+        is_written = self.args.knn_output is not None or self.args.knn_output_tokens is not None
+        if self.retriever is not None or is_written:
+            self.model_fingerprint = weights_fingerprint(model)
         if self.retriever is not None:
-            refuse_other_model(self.retriever, model, weights_fingerprint(model))
+            refuse_other_model(self.retriever, model, self.model_fingerprint)
 
     # -- data ----------------------------------------------------------------------------------
 
@@ -193,7 +230,12 @@ class KNNLMTask(LanguageModelingTask):
                 f"share {settings.get('shard_id', 0)} alone, not of the split (without GPUs "
                 "fairseq starts no others: see --distributed-no-spawn)"
             )
-        use_scorer(self.make_scorer)
+        self.log_settings(self.in_effect)
+        output = evaluation_output(self, dataset, settings.get("context_window", 0), num_shards)
+        if output is None:
+            use_scorer(self.make_scorer)
+        else:
+            use_scorer(functools.partial(self.make_scorer, recorder=output.recorder), output.write)
         return self.evaluation_samples(dataset, **settings)
 
     def warn_of_no_neighbors(self) -> None:
@@ -257,8 +299,15 @@ class KNNLMTask(LanguageModelingTask):
     def _tokens_of_chunk(self) -> int:
         return SEARCH_TOKENS if self.retriever is None else tokens_of_search(self.retriever.k)
 
-    def make_scorer(self, softmax_batch: int = 0) -> KNNScorer:
-        """The scorer that the flags ask for; *softmax_batch*: ``--softmax-batch``."""
+    def make_scorer(
+        self, softmax_batch: int = 0, recorder: Optional[TokenRecorder] = None
+    ) -> KNNScorer:
+        """The scorer that the flags ask for.
+
+        Args:
+            softmax_batch (int): ``--softmax-batch``.
+            recorder (TokenRecorder): keeps what is computed of every target; None: nobody does.
+        """
         return make_scorer(
             self.retriever,
             self.settings,
@@ -266,6 +315,7 @@ class KNNLMTask(LanguageModelingTask):
             self.target_dictionary.eos(),
             softmax_batch,
             self.target_dictionary.bos() if self.args.add_bos_token else None,
+            recorder,
         )
 
     @property
@@ -311,27 +361,27 @@ class KNNLMTask(LanguageModelingTask):
         stock = super().build_generator
         rest = (extra_gen_cls_kwargs, prefix_allowed_tokens_fn)
         self.warn_of_no_neighbors()
-        self._refuse_generation(args)
-        if not self._generates_with_neighbors(args):
+        in_effect = self.settings_without_cache("generation")
+        settings = in_effect.settings
+        self._refuse_generation(args, settings)
+        self.log_settings(in_effect)
+        if not self._generates_with_neighbors(args, settings):
             return stock(models, args, seq_gen_cls, *rest)
-        mixture = self.retriever, self.settings
+        mixture = self.retriever, settings
         if getattr(args, "score_reference", False):
             return ReferenceScorer(self.target_dictionary, *mixture)
-        generator = functools.partial(KNNGenerator, memories=self._make_memories(args))
+        generator = functools.partial(KNNGenerator, memories=self._make_memories(args, settings))
         return stock(KNNModel(models, *mixture), args, generator, *rest)
 
-    def _generates_with_neighbors(self, args) -> bool:
+    def _generates_with_neighbors(self, args, settings: Settings) -> bool:
         wanted = getattr(args, "knn", True)
-        return wanted and self.retriever is not None and self.settings.knn_lambda > 0
+        return wanted and self.retriever is not None and settings.knn_lambda > 0
 
-    def _refuse_generation(self, args) -> None:
+    def _refuse_generation(self, args, settings: Settings) -> None:
         faults = []
-        if self.settings.cache_size:
-            faults.append(
-                "the continuous cache is for fairseq-eval-lm: drop --knn-cache-size, or the "
-                "--knn-tuned that chose one"
-            )
-        if not self._generates_with_neighbors(args):
+        if self.args.knn_output is not None or self.args.knn_output_tokens is not None:
+            faults.append("--knn-output and --knn-output-tokens are of an evaluation: drop them")
+        if not self._generates_with_neighbors(args, settings):
             if self.args.knn_show_neighbors:
                 faults.append("--knn-show-neighbors needs --knn-datastore and --knn-lambda above 0")
         elif getattr(args, "print_alignment", None):
@@ -341,7 +391,7 @@ class KNNLMTask(LanguageModelingTask):
         if faults:
             raise UserError("; ".join(faults))
 
-    def _make_memories(self, args):
+    def _make_memories(self, args, settings: Settings):
         """What ``--knn-show-neighbors`` asks for, or None."""
         if not self.args.knn_show_neighbors:
             return None
@@ -349,8 +399,8 @@ class KNNLMTask(LanguageModelingTask):
         inspector = Inspector(
             datastores,
             self.target_dictionary,
-            self.settings.knn_lambda,
-            self.settings.temperature,
+            settings.knn_lambda,
+            settings.temperature,
             self.args.knn_show_neighbors,
         )
         return Memories(inspector, args.nbest, len(datastores))

@@ -5,7 +5,7 @@ both settings, and the difference is computed anew for every draw. Tokens of one
 independent, documents nearly are.
 """
 
-from typing import NamedTuple
+from typing import NamedTuple, Optional
 
 import numpy as np
 
@@ -13,8 +13,8 @@ from ..errors import UserError
 from ..fields import is_whole
 
 # Of fewer documents than these, blocks of so many tokens are drawn instead: few documents do not
-# show how much documents differ.
-MIN_DOCUMENTS = 10
+# show how much documents differ. Of fewer blocks there is no interval at all.
+MIN_UNITS = 10
 BLOCK_TOKENS = 1000
 RESAMPLES = 10_000
 # Of more documents than these, neighbouring ones are drawn together: more units would cost time and
@@ -29,14 +29,15 @@ class Interval(NamedTuple):
     """A relative change of perplexity and what bounds it with a probability of 95%.
 
     value (float): second perplexity / first perplexity - 1; negative is better.
-    low, high (float): the 2.5% and 97.5% quantiles of the resamples.
-    units (int): how many documents or blocks were drawn from.
+    low, high (float): the 2.5% and 97.5% quantiles of the resamples; None where there are fewer
+        than ``MIN_UNITS`` units.
+    units (int): how many documents or blocks there are to draw from.
     unit (str): ``documents`` or ``blocks``.
     """
 
     value: float
-    low: float
-    high: float
+    low: Optional[float]
+    high: Optional[float]
     units: int
     unit: str
 
@@ -48,7 +49,7 @@ def paired_interval(first, second, document_starts, resamples: int = RESAMPLES) 
         first, second (array): shape (N,), log probabilities of the same targets, natural log;
             -inf makes a perplexity infinite.
         document_starts (array): shape (M,), rows at which documents begin, ascending; with fewer
-            than ``MIN_DOCUMENTS``, blocks of ``BLOCK_TOKENS`` tokens are drawn instead.
+            than ``MIN_UNITS``, blocks of ``BLOCK_TOKENS`` tokens are drawn instead.
         resamples (int): how often is drawn.
 
     Returns:
@@ -56,6 +57,8 @@ def paired_interval(first, second, document_starts, resamples: int = RESAMPLES) 
 
     Raises:
         UserError: if shapes differ, there is no target, or a start or *resamples* cannot be.
+        Interval: of the change; infinite where the second perplexity alone is. Without bounds
+        where there are fewer than ``MIN_UNITS`` blocks as well.
     """
     document_starts = np.asarray(document_starts)
     shapes = tuple(np.shape(first)), tuple(np.shape(second))
@@ -66,6 +69,8 @@ def paired_interval(first, second, document_starts, resamples: int = RESAMPLES) 
     with np.errstate(over="ignore"):
         totals = np.add.reduceat(scores, starts, axis=0)
         (change,) = _changes(totals.sum(axis=0)[None], sizes.sum())
+        if len(starts) < MIN_UNITS:
+            return Interval(float(change), None, None, len(starts), unit)
         changes = np.sort(_resampled_changes(totals, sizes, resamples))
     tail = int(0.025 * resamples)
     low, high = changes[[tail, -1 - tail]]
@@ -91,9 +96,28 @@ def _refuse_impossible(first, second, document_starts: np.ndarray, resamples: in
         raise UserError(f"paired_interval: {'; '.join(faults)}")
 
 
+def in_words(change: Interval, decimals: int = 2) -> str:
+    """The bounds of a change and what they are of, or why there are none.
+
+    Args:
+        change (Interval): from ``paired_interval``.
+        decimals (int): of the percentages.
+
+    Returns:
+        str: ``95% interval [-9.20%, -5.21%] (13 documents)``.
+    """
+    of = f"{change.units:,} {change.unit}"
+    if change.unit == "blocks":
+        of += f" of {BLOCK_TOKENS:,} tokens, for want of {MIN_UNITS} documents"
+    if change.low is None:
+        return f"no 95% interval (too few: {of})"
+    bounds = ", ".join(f"{bound:+.{decimals}%}" for bound in (change.low, change.high))
+    return f"95% interval [{bounds}] ({of})"
+
+
 def _units(count: int, document_starts: np.ndarray):
     """First rows of the documents or blocks that are drawn, ascending from 0, and their name."""
-    if len(document_starts) >= MIN_DOCUMENTS:
+    if len(document_starts) >= MIN_UNITS:
         starts, unit = document_starts, "documents"
     else:
         starts, unit = np.arange(0, count, BLOCK_TOKENS), "blocks"

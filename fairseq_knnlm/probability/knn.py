@@ -12,7 +12,7 @@ from .log_sums import log_shares
 _TEMPERATURES = (1e-30, 1e30)
 
 
-def knn_log_probs(distances, values, targets, temperature: float = 1.0):
+def knn_log_probs(distances, values, targets, temperature: float = 1.0) -> torch.Tensor:
     """Log-probability that the neighbours give to each target.
 
     Khandelwal et al. (2020), Eq. 2, with temperature T:
@@ -48,7 +48,9 @@ def knn_log_probs(distances, values, targets, temperature: float = 1.0):
     return log_shares(distances.float(), values == targets.unsqueeze(1), scale)
 
 
-def vocabulary_log_probs(distances, values, vocabulary_size: int, temperature: float = 1.0):
+def vocabulary_log_probs(
+    distances, values, vocabulary_size: int, temperature: float = 1.0
+) -> torch.Tensor:
     """log p_knn of every token of the vocabulary, Khandelwal et al. (2020), Eq. 2.
 
     Args:
@@ -79,7 +81,7 @@ def vocabulary_log_probs(distances, values, vocabulary_size: int, temperature: f
     return log_sums.sub_(log_weights.logsumexp(dim=1, keepdim=True)).clamp_(max=0.0)
 
 
-def knn_weights(distances, temperature: float = 1.0):
+def knn_weights(distances, temperature: float = 1.0) -> torch.Tensor:
     """Share of each neighbour in p_knn: exp(-d_i / T) over the sum of all.
 
     Args:

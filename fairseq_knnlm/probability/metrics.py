@@ -5,17 +5,20 @@ import numpy as np
 from ..errors import UserError
 
 
-def perplexity(log_probs) -> float:
+def perplexity(log_probs, tokens_per_unit: float = 1.0) -> float:
     """exp of the mean negative log-likelihood, every token counted once.
 
     Args:
         log_probs (array): shape (N,), natural log; -inf makes it infinite.
+        tokens_per_unit (float): for the perplexity of larger units, words of several tokens say:
+            tokens over units, >= 1.
 
     Returns:
         float: in [1, inf], lower is better.
     """
     with np.errstate(over="ignore"):
-        return float(np.exp(-np.mean(np.asarray(log_probs, dtype=np.float64))))
+        nll_nats = -np.mean(np.asarray(log_probs, dtype=np.float64))
+        return float(np.exp(nll_nats * tokens_per_unit))
 
 
 def recall_at_k(ids, exact_ids) -> float:

@@ -23,7 +23,7 @@ def mix(
     log_p_cache: Optional[torch.Tensor] = None,
     knn_lambda: Weight = 0.0,
     cache_lambda: Weight = 0.0,
-):
+) -> torch.Tensor:
     """log((1 - lambda - mu) p_lm + lambda p_knn + mu p_cache): one convex combination.
 
     Khandelwal et al. (2020), Eq. 3, and Grave et al. (2017), section 3, joined. Where there is no

@@ -29,8 +29,6 @@ BIN_NATS = 0.1
 _FIRST_BIN_NATS, _LAST_BIN_NATS = -4.0, 7.0
 # So many words that gain most are listed, and as many that lose most.
 _EXTREME_TYPES = 15
-# With fewer documents or blocks an interval says nothing.
-_MIN_UNITS = 10
 
 
 def training_counts(datastores: Sequence, types: int) -> np.ndarray:
@@ -156,7 +154,6 @@ def _by_frequency(frequencies, log_p_lm, mixed, document_starts) -> Iterator[dic
         rows = np.flatnonzero(digits == digit)
         starts = np.searchsorted(rows, document_starts)
         change = paired_interval(log_p_lm[rows], mixed[rows], starts[starts < len(rows)])
-        sure = change.units >= _MIN_UNITS
         yield {
             "lowest": 10 ** (digit - 1) if digit else 0,
             "highest": 10**digit - 1 if digit else 0,
@@ -165,8 +162,8 @@ def _by_frequency(frequencies, log_p_lm, mixed, document_starts) -> Iterator[dic
             "base_perplexity": perplexity(log_p_lm[rows]),
             "knn_perplexity": perplexity(mixed[rows]),
             "relative_change": change.value,
-            "low": change.low if sure else None,
-            "high": change.high if sure else None,
+            "low": change.low,
+            "high": change.high,
             "nats": float((mixed[rows] - log_p_lm[rows]).sum()),
         }
 

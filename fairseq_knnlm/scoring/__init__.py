@@ -1,6 +1,7 @@
 """Scoring targets with neighbours: where model, datastore and mixture meet.
 
-``settings`` says what the flags mean, ``compatibility`` what fits a datastore, ``scorer`` scores.
+``settings`` says what the flags mean, ``in_effect`` where each comes from, ``compatibility`` what
+fits a datastore; ``scorer`` scores, ``recorder`` keeps what it computes, ``words`` counts.
 Imports from ``probability``, ``datastore``, ``search``, ``encoding`` and the root.
 """
 

@@ -16,7 +16,8 @@ from ..probability.knn import knn_log_probs
 from ..probability.mixture import mix
 from .cache_reader import CacheReader
 from .compatibility import refuse_ensemble
-from .settings import Settings, refuse_impossible
+from .recorder import TokenRecorder
+from .settings import Settings, refuse_impossible, with_temperature
 
 if TYPE_CHECKING:  # FAISS is loaded where a datastore is opened: training needs none
     from ..search.retriever import Retriever
@@ -29,6 +30,7 @@ def make_scorer(
     eos: Optional[int] = None,
     softmax_batch: int = 0,
     bos: Optional[int] = None,
+    recorder: Optional[TokenRecorder] = None,
 ) -> "KNNScorer":
     """The scorer that settings ask for.
 
@@ -43,6 +45,7 @@ def make_scorer(
 
     Raises:
         UserError: if a setting cannot be.
+        bos (int), recorder (TokenRecorder): see ``KNNScorer``.
     """
     cache = None
     if settings.cache_size:
@@ -56,7 +59,7 @@ def make_scorer(
         key = retriever.key
     if settings.knn_lambda == 0.0:
         retriever = None  # lambda = 0 needs no neighbours
-    return KNNScorer(retriever, settings, cache, key, softmax_batch, bos)
+    return KNNScorer(retriever, settings, cache, key, softmax_batch, bos, recorder)
 
 
 class KNNScorer:
@@ -71,12 +74,14 @@ class KNNScorer:
         softmax_batch (int): most tokens of one softmax; 0: as many as memory allows.
         bos (int): id of a ``<s>`` that ``--add-bos-token`` put in front of each block and that
             fairseq expects among the scored tokens; None where there is none.
+        recorder (TokenRecorder): keeps what is computed of every target; None: nobody does.
 
     Attributes:
         impossible (int): targets so far whose probability is 0.
 
     Raises:
         UserError: if a setting cannot be.
+        UserError: if the temperature is left to a datastore that records none.
     """
 
     def __init__(
@@ -87,14 +92,18 @@ class KNNScorer:
         key: Optional[dict] = None,
         softmax_batch: int = 0,
         bos: Optional[int] = None,
+        recorder: Optional[TokenRecorder] = None,
     ):
         refuse_impossible("KNNScorer", settings)
         self._retriever = retriever
+        if retriever is not None:
+            settings = with_temperature(settings, retriever.datastores[0])
         self._settings = settings
         self._cache = cache
         self._key = retriever.key if key is None and retriever is not None else key
         self._softmax_batch = softmax_batch
         self._bos = bos
+        self._recorder = recorder
         self.impossible = 0
 
     @torch.no_grad()
@@ -136,13 +145,16 @@ class KNNScorer:
             log_p_knn = self._log_p_knn(encoded.keys, sample["target"])
         if self._cache is not None:
             log_p_cache = self._cache.log_probs(encoded.keys, sample)
-        return mix(
+        log_p = mix(
             encoded.log_p_lm,
             log_p_knn,
             log_p_cache,
             knn_lambda=self._settings.knn_lambda,
             cache_lambda=self._settings.cache_lambda,
         )
+        if self._recorder is not None:
+            self._recorder.add(sample["target"], encoded.log_p_lm, log_p_knn, log_p_cache, log_p)
+        return log_p
 
     def _encode(self, model, sample: dict, log_probs: bool = True):
         options = {"log_probs": log_probs, "softmax_batch": self._softmax_batch}

@@ -10,11 +10,12 @@ from ..probability.continuous_cache import CACHE_METRICS
 from ..probability.mixture import ROUNDING
 
 DEFAULT_LAMBDA = 0.25
-DEFAULT_TEMPERATURE = 1.0
 DEFAULT_CACHE_LAMBDA = 0.1
 # No text that is evaluated has so many tokens.
 MOST_CACHED = 2**31 - 1
 AUTO = "auto"
+# The unit of a temperature is that of a model's squared distances: no number fits all models.
+DEFAULT_TEMPERATURE = AUTO
 CACHE_RESETS = ["none", "document"]
 
 
@@ -23,8 +24,8 @@ class Settings(NamedTuple):
 
     k (int): neighbours per query, >= 1.
     knn_lambda (float): weight of p_knn, in [0, 1].
-    temperature (float): T > 0, divides the distances; or ``AUTO``, where no datastore says what
-        that is.
+    temperature (float): T > 0, divides the distances; or ``AUTO``, what the datastore records, see
+        ``with_temperature``.
     nprobe (int): inverted lists visited, >= 1.
     distances (str): ``exact``, ``index`` or ``exhaustive``, see ``search.Retriever``.
     cache_size (int): positions that the continuous cache looks back on; 0: no cache.
@@ -110,16 +111,23 @@ def weight_fault(settings: Settings) -> Optional[str]:
     )
 
 
-def starting_temperature(datastore) -> float:
-    """What ``--knn-temperature auto`` stands for.
+def with_temperature(settings: Settings, datastore) -> Settings:
+    """The same settings, with a number in the place of a temperature that is ``AUTO``.
+
+    Args:
+        settings (Settings): of a search.
+        datastore (Datastore): that is searched, the first of several.
 
     Raises:
-        UserError: if the datastore was built by a release that recorded none.
+        UserError: if it records no temperature, and *settings* leave it to it.
     """
+    if settings.temperature != AUTO:
+        return settings
     recorded = datastore.manifest.get("temperature")
     if recorded is None:
         raise UserError(
-            f"--knn-temperature auto: the datastore {datastore.path} records no temperature: "
-            "build it again with this release, or give a number"
+            f"the datastore {datastore.path} records no temperature to start with, which "
+            f"--knn-temperature {AUTO}, the default, stands for: give --knn-temperature a number > "
+            "0, have it tuned by fairseq-knnlm-tune, or build the datastore again with this release"
         )
-    return recorded["value"]
+    return settings._replace(temperature=recorded["value"])

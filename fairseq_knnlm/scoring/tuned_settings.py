@@ -1,9 +1,12 @@
 """The settings among what ``fairseq-knnlm-tune`` stored, in the same ranges as flags."""
 
 import os
+from typing import Optional
 
 from ..datastore.manifest import TUNED
+from ..datastore.tuned import WITHOUT_CACHE
 from ..errors import UserError
+from ..fields import brief
 from .settings import Settings, range_faults, weight_fault
 
 _NEEDED = ("k", "knn_lambda", "temperature", "nprobe", "distances")
@@ -32,9 +35,35 @@ def settings_of_tuned(tuned: dict, path: str) -> dict:
     if not found and settings.get("cache_size"):
         fault = weight_fault(Settings(**settings))
         found = [fault] if fault else []
+    _refuse(path, found)
+    return {name: value for name, value in settings.items() if value is not None}
+
+
+def neighbors_alone(tuned: dict, path: str) -> Optional[dict]:
+    """The best setting of neighbours alone, which is stored beside one with a cache.
+
+    Args:
+        tuned (dict), path (str): as of ``settings_of_tuned``.
+
+    Returns:
+        dict: k, lambda and temperature; None where no cache was tuned.
+
+    Raises:
+        UserError: as ``settings_of_tuned``.
+    """
+    alone = tuned.get(WITHOUT_CACHE)
+    if alone is None:
+        return None
+    if not isinstance(alone, dict):
+        _refuse(path, [f"{WITHOUT_CACHE} must be a dict, got {brief(alone)}"])
+    missing = [name for name in _NEEDED[:3] if alone.get(name) is None]
+    _refuse(path, [f"{WITHOUT_CACHE}.{name} is missing" for name in missing] + range_faults(alone))
+    return alone
+
+
+def _refuse(path: str, found: list) -> None:
     if found:
         raise UserError(
             f"{os.path.join(path, TUNED)} cannot be used: {'; '.join(found)}: run "
             "fairseq-knnlm-tune again"
         )
-    return {name: value for name, value in settings.items() if value is not None}

@@ -2,8 +2,9 @@
 
 import os
 from collections.abc import Iterator, Sequence
-from typing import Optional
+from typing import Optional, Union
 
+import numpy as np
 import torch
 
 from ..datastore.datastore import Datastore
@@ -17,8 +18,10 @@ from .exact_search import ExactSearch
 from .exhaustive_search import ExhaustiveSearch
 from .index_check import load_checked
 from .index_search import IndexSearch
-from .searcher import Batch, Searcher, gather
+from .searcher import Batch, Searcher, as_tensor, gather
 from .several import SeveralSearch
+
+Queries = Union[torch.Tensor, np.ndarray]
 
 # What datastores that are searched as one must agree in.
 _COMMON = ("dimension", "key", "metric", "dictionary", "model")
@@ -108,34 +111,34 @@ class Retriever:
         """``l2`` or ``ip``."""
         return self.manifest["metric"]
 
-    def search(self, queries: torch.Tensor, k: Optional[int] = None) -> Neighbors:
+    def search(self, queries: Queries, k: Optional[int] = None) -> Neighbors:
         """The k nearest entries of each query.
 
         Args:
-            queries (Tensor): shape (N, D), any float dtype and device.
+            queries (Tensor or ndarray): shape (N, D), any float dtype and device.
             k (int): neighbours, at most those of the retriever; None: as many.
 
         Returns:
-            Neighbors: shape (N, k), on the device of *queries*.
+            Neighbors: tensors of shape (N, k), on the device of *queries*, of an array on the CPU.
 
         Raises:
             UserError: if k is not in [1, k of the retriever], or D is not that of the keys.
 
         >>> retriever = Retriever.open([directory], k=4)
-        >>> own = torch.from_numpy(retriever.datastores[0].keys[:3].astype("float32"))
-        >>> neighbors = retriever.search(own, k=2)
+        >>> neighbors = retriever.search(retriever.datastores[0].keys[:3], k=2)
         >>> neighbors.distances.shape == neighbors.values.shape == neighbors.ids.shape == (3, 2)
         True
         >>> neighbors.distances[:, 0].tolist()  # the nearest of a key is itself
         [0.0, 0.0, 0.0]
         """
+        queries = as_tensor(queries)
         return gather(self.batches(queries, k), self.k if k is None else k, queries.device)
 
-    def batches(self, queries: torch.Tensor, k: Optional[int] = None) -> Iterator[Batch]:
+    def batches(self, queries: Queries, k: Optional[int] = None) -> Iterator[Batch]:
         """The same, some queries at a time: see ``searcher.Searcher.batches``.
 
         Args:
-            queries (Tensor): shape (N, D), any float dtype and device.
+            queries (Tensor or ndarray): shape (N, D), any float dtype and device.
             k (int): neighbours, at most those of the retriever; None: as many.
 
         Yields:
@@ -151,15 +154,19 @@ class Retriever:
                 f"Retriever: k must be in [1, {self.k}], got {k!r}; make the retriever with the "
                 "largest k that is wanted"
             )
-        dimension = self.datastores[0].dimension
-        if queries.dim() != 2 or queries.size(1) != dimension:
-            raise UserError(
-                f"Retriever: queries must have shape (N, {dimension}), as the keys of {self.name} "
-                f"have, got {tuple(queries.shape)}"
-            )
+        queries = as_tensor(queries)
+        self._refuse_other_queries(queries)
         if self._searcher is None:
             self._searcher = self._load(queries.device)
         return self._searcher.batches(queries, k)
+
+    def _refuse_other_queries(self, queries: torch.Tensor) -> None:
+        dimension = self.datastores[0].dimension
+        if queries.dim() != 2 or queries.size(1) != dimension or not queries.is_floating_point():
+            raise UserError(
+                f"Retriever: queries must have shape (N, {dimension}), as the keys of {self.name} "
+                f"have, and a float type, got {tuple(queries.shape)} of {queries.dtype}"
+            )
 
     # -- loading -------------------------------------------------------------------------------
 

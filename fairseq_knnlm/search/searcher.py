@@ -65,6 +65,18 @@ def gather(batches: Iterable[Batch], k: int, device: torch.device) -> Neighbors:
     return Neighbors(*(torch.cat(columns).to(device) for columns in zip(*parts)))
 
 
+def as_tensor(queries) -> torch.Tensor:
+    """Queries as a tensor.
+
+    Args:
+        queries (Tensor or ndarray): any shape and dtype; an array that may not be written to, such
+            as the keys of a datastore, is copied.
+    """
+    if isinstance(queries, torch.Tensor):
+        return queries
+    return torch.from_numpy(np.require(queries, requirements=["C", "W"]))
+
+
 def as_array(queries: torch.Tensor) -> np.ndarray:
     """Queries as FAISS and numpy take them: float32, C-ordered, on the host."""
     return np.ascontiguousarray(queries.float().cpu().numpy())

@@ -1,31 +1,36 @@
 """What ``fairseq-knnlm-tune`` chose: how good it is, how to evaluate with it, and keeping it."""
 
 import argparse
+import functools
 import logging
 import os
 import shlex
 import time
+from collections.abc import Sequence
 from typing import NamedTuple, Optional
 
+import numpy as np
 import torch
 
-from ..datastore.tuned import save_tuned
+from ..datastore.tuned import WITHOUT_CACHE, find_tuned, in_words, save_tuned
 from ..errors import UserError
 from ..files import without_infinities
-from ..probability.bootstrap import BLOCK_TOKENS, MIN_DOCUMENTS, Interval, paired_interval
+from ..probability import bootstrap
+from ..probability.bootstrap import paired_interval
 from ..probability.metrics import perplexity
 from ..probability.mixture import mix
 from ..scoring.settings import Settings, flag_of, refuse_impossible
+from ..scoring.words import log_probs_of_words
 from ..version import __version__
 from .cache_sweep import CacheSweep, log_p_cache
-from .grid import CacheGridPoint, KNNGridPoint, best
+from .grid import CacheGridPoint, KNNGridPoint, best, of_larger_units
 from .knn_sweep import log_p_knn
 from .tuning_data import TuningData
 
 logger = logging.getLogger("fairseq_knnlm.tune")
 
-# What the names of methods in JSON say in words.
-_WORDS = {
+# Names of methods in JSON, the best at the end, and what they say in words.
+METHODS = {
     "cache": "with a cache",
     "knn": "with neighbours",
     "knn_cache": "with neighbours and a cache",
@@ -53,10 +58,7 @@ class Chosen(NamedTuple):
 
     def final(self) -> dict:
         """What to evaluate with, as fields of ``Settings``."""
-        fields = {}
-        if self.knn:
-            fields.update(k=self.knn.k, knn_lambda=self.knn.knn_lambda)
-            fields["temperature"] = self.knn.temperature
+        fields = self.without_cache()
         cache = self.knn_cache or self.cache
         if cache:
             fields.update(cache._asdict())
@@ -64,6 +66,14 @@ class Chosen(NamedTuple):
             fields.update(cache_metric=self.given.cache_metric, cache_reset=self.given.cache_reset)
         if not self.knn:
             fields.pop("knn_lambda")
+        return fields
+
+    def without_cache(self) -> dict:
+        """The same of neighbours alone; empty without a datastore."""
+        if not self.knn:
+            return {}
+        fields = self.knn._asdict()
+        del fields["perplexity"]
         return fields
 
     def log_probs(self, data: TuningData) -> dict[str, torch.Tensor]:
@@ -89,13 +99,14 @@ class Chosen(NamedTuple):
         refuse_impossible("Chosen", self.given)
         return self.given.cache_metric, self.given.cache_reset == "document"
 
-    def tune_cache(self, data: TuningData, sizes, thetas) -> "Chosen":
+    def tune_cache(self, data: TuningData, sizes, thetas, tokens_per_unit: float = 1.0) -> "Chosen":
         """The same with the best cache of a grid, for the k and T that were chosen.
 
         Args:
             data (TuningData): of the text that is tuned on, with queries.
             sizes (sequence of int): see ``CacheSweep.run``.
             thetas (sequence of float): see ``CacheSweep.run``.
+            tokens_per_unit (float): of the units that perplexity is of, see ``of_larger_units``.
 
         Raises:
             UserError: if a setting of the cache, a size or a theta cannot be, or *data* lacks
@@ -107,8 +118,10 @@ class Chosen(NamedTuple):
             (scores,) = log_p_knn(data, [self.knn.k], self.knn.temperature)
         sweep = CacheSweep(data, *self._cache_settings(), scores)
         sweep.run(sizes, thetas)
+        of_units = functools.partial(of_larger_units, tokens_per_unit=tokens_per_unit)
         chosen = self._replace(
-            cache=best(sweep.alone), knn_cache=best(sweep.with_knn) if self.knn else None
+            cache=of_units(best(sweep.alone)),
+            knn_cache=of_units(best(sweep.with_knn)) if self.knn else None,
         )
         point = chosen.knn_cache or chosen.cache
         logger.info(
@@ -119,13 +132,17 @@ class Chosen(NamedTuple):
         return chosen
 
 
-def measure(split: str, data: TuningData, chosen: Chosen) -> dict:
+def measure(
+    split: str, data: TuningData, chosen: Chosen, starts: Optional[np.ndarray] = None
+) -> dict:
     """Perplexity with every method, and how sure the differences are; also logged.
 
     Args:
         split (str): name of the text, for the log.
         data (TuningData): of that text.
         chosen (Chosen): the settings.
+        starts (ndarray): shape (W,), rows at which words begin, see ``scoring.words``: perplexity
+            is of these; None: of the tokens.
 
     Returns:
         dict: perplexities and changes by name, for JSON.
@@ -135,39 +152,37 @@ def measure(split: str, data: TuningData, chosen: Chosen) -> dict:
     """
     if data.document_starts is None:
         raise UserError("measure: data must have document_starts, but lacks them")
-    log_probs = chosen.log_probs(data)
+    log_probs, documents, unit = chosen.log_probs(data), data.document_starts, "tokens"
+    if starts is not None:
+        log_probs = {name: log_probs_of_words(each, starts) for name, each in log_probs.items()}
+        documents, unit = np.searchsorted(starts, documents), "words"
     base = log_probs.pop("base")
-    result = {"split": split, "tokens": len(base), "base_perplexity": perplexity(base)}
+    result = {
+        "split": split,
+        "tokens": len(data.log_p_lm),
+        "counted": len(base),
+        "base_perplexity": perplexity(base),
+    }
     logger.info(
         f"{split}: perplexity {result['base_perplexity']:.2f} of the model alone, over "
-        f"{len(base):,} tokens"
+        f"{len(base):,} {unit}"
     )
     for name, mixed in log_probs.items():
-        change = paired_interval(base, mixed, data.document_starts)
+        change = paired_interval(base, mixed, documents)
         result[f"{name}_perplexity"] = perplexity(mixed)
         result["relative_change" if name == "knn" else f"{name}_change"] = change._asdict()
         logger.info(
-            f"{split}: {result[f'{name}_perplexity']:.2f} {_WORDS[name]}: {_in_words(change)} "
-            f"({_drawn(change)})"
+            f"{split}: {result[f'{name}_perplexity']:.2f} {METHODS[name]}: {change.value:+.2%}, "
+            f"{bootstrap.in_words(change)}"
         )
     if "knn_cache" in log_probs:
-        change = paired_interval(log_probs["knn"], log_probs["knn_cache"], data.document_starts)
+        change = paired_interval(log_probs["knn"], log_probs["knn_cache"], documents)
         result["knn_cache_change_from_knn"] = change._asdict()
-        logger.info(f"{split}: what the cache adds to neighbours: {_in_words(change)}")
-    return result
-
-
-def _in_words(change: Interval) -> str:
-    return f"{change.value:+.2%}, 95% interval [{change.low:+.2%}, {change.high:+.2%}]"
-
-
-def _drawn(change: Interval) -> str:
-    if change.unit == "blocks":
-        return (
-            f"{change.units:,} blocks of {BLOCK_TOKENS:,} tokens, for want of {MIN_DOCUMENTS} "
-            "documents"
+        logger.info(
+            f"{split}: what the cache adds to neighbours: {change.value:+.2%}, "
+            f"{bootstrap.in_words(change)}"
         )
-    return f"{change.units:,} documents"
+    return result
 
 
 def command(typed, split: str, chosen: Chosen) -> str:
@@ -187,7 +202,8 @@ def command(typed, split: str, chosen: Chosen) -> str:
         "--knn-cache-metric", "--knn-cache-reset", "--report",
     ):  # fmt: skip
         ours.add_argument(flag)
-    ours.add_argument("--report-on-tuned", action="store_true")
+    for flag in ("--report-on-tuned", "--no-store", "--overwrite"):
+        ours.add_argument(flag, action="store_true")
     _, others = ours.parse_known_args(typed)
     plugin = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
     words = ["fairseq-eval-lm", *others, "--user-dir", plugin, "--task", "knnlm_lm"]
@@ -197,8 +213,31 @@ def command(typed, split: str, chosen: Chosen) -> str:
     return shlex.join(map(str, words))
 
 
+def refuse_to_replace(paths: Sequence[str], data: dict, tokens: int) -> None:
+    """Refuse, before any work, to replace a setting that was tuned on more text.
+
+    Args:
+        paths (sequence of str): directories of the datastores that are tuned with.
+        data (dict): ``split`` and ``sha256`` of the text that will be tuned on.
+        tokens (int): of it.
+
+    Raises:
+        UserError: naming both, and the flags that say what to do.
+    """
+    stored = find_tuned(paths)
+    # The same text may have a few tokens less in another break mode.
+    if stored is None or stored.get("data") == data:
+        return
+    if stored.get("tuned_on", {}).get("tokens", 0) > tokens:
+        raise UserError(
+            f"{paths[0]} holds a setting that was tuned on more text ({in_words(stored)}) than "
+            f"--gen-subset {data['split']} has, {tokens:,} tokens: pass --overwrite to replace it, "
+            "or --no-store to keep it"
+        )
+
+
 def store(datastores, settings: dict, chosen: Chosen, summary: dict) -> None:
-    """Keep what was chosen in the datastore, for ``--knn-tuned``.
+    """Keep what was chosen in the datastore, for ``--knn-tuned``; log what it replaces.
 
     Args:
         datastores (list of Datastore): that it was tuned with.
@@ -207,15 +246,21 @@ def store(datastores, settings: dict, chosen: Chosen, summary: dict) -> None:
         summary (dict): ``tuned_on`` and, if another text was reported on, ``reported_on``, each
             from ``measure``.
     """
+    paths = [datastore.path for datastore in datastores]
     tuned = {
         **chosen.final(),
         **{name: settings[name] for name in ("nprobe", "distances", "model", "data", "context")},
         **{name: summary[name] for name in ("tuned_on", "reported_on") if name in summary},
         "versions": {"fairseq_knnlm": __version__},
     }
+    if chosen.cache:
+        tuned[WITHOUT_CACHE] = chosen.without_cache()
+    replaced = find_tuned(paths)
     try:
-        path = save_tuned([datastore.path for datastore in datastores], without_infinities(tuned))
+        path = save_tuned(paths, without_infinities(tuned))
     except OSError as error:
         logger.warning(f"the setting cannot be stored in the datastore, for --knn-tuned: {error}")
-    else:
-        logger.info(f"stored in {path}: fairseq-eval-lm --knn-tuned evaluates with it")
+        return
+    logger.info(f"stored in {path}, for --knn-tuned: {in_words(tuned)}")
+    if replaced is not None:
+        logger.info(f"in place of: {in_words(replaced)}")

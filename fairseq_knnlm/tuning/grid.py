@@ -1,5 +1,6 @@
 """Points of the grids that are tried, and the best of them."""
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple, TypeVar
 
@@ -38,7 +39,23 @@ class CacheGridPoint(NamedTuple):
     perplexity: float
 
 
+# Beyond it a float has no room for the perplexity.
+_MOST_NATS = 709.0
+
 Point = TypeVar("Point", KNNGridPoint, CacheGridPoint)
+
+
+def of_larger_units(point: Point, tokens_per_unit: float) -> Point:
+    """The same point with the perplexity of larger units, words of several tokens say.
+
+    Args:
+        point (KNNGridPoint or CacheGridPoint): with the perplexity of tokens.
+        tokens_per_unit (float): >= 1; the lower of two perplexities stays the lower.
+    """
+    if tokens_per_unit == 1.0:
+        return point
+    nll_nats = math.log(point.perplexity) * tokens_per_unit
+    return point._replace(perplexity=math.inf if nll_nats > _MOST_NATS else math.exp(nll_nats))
 
 
 def best(points: Sequence[Point]) -> Point:

@@ -252,6 +252,14 @@ def best_of_each_k(points: Sequence[KNNGridPoint]) -> list[KNNGridPoint]:
     return [best([point for point in points if point.k == k]) for k in ks]
 
 
+def k_at_an_end(points: Sequence[KNNGridPoint]) -> Optional[str]:
+    """Whether the best k is the ``largest`` of several, or the ``smallest`` and above 1."""
+    ks, chosen = sorted({point.k for point in points}), best(points).k
+    if len(ks) > 1 and chosen == ks[-1]:
+        return "largest"
+    return "smallest" if len(ks) > 1 and chosen == ks[0] > 1 else None
+
+
 def temperature_at_an_end(points: Sequence[KNNGridPoint]) -> bool:
     """Whether the best temperature is the lowest or the highest of several."""
     temperatures = {point.temperature for point in points}

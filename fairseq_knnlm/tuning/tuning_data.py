@@ -24,7 +24,9 @@ from typing import NamedTuple, Optional
 import numpy as np
 import torch
 
+from ..arguments import check_arguments
 from ..errors import UserError
+from ..fields import whole
 from ..files import atomic_file, checksum
 
 # Version 1 had no checksum.
@@ -132,20 +134,21 @@ def load(path: str, k: int, types: Optional[int] = None) -> TuningData:
 
     Args:
         path (str): of a file that ``save`` wrote.
-        k (int): at most the neighbours in it.
+        k (int): at most the neighbours in it; 0: none.
         types (int): of the dictionary of the text, one more than the largest target; None: unknown.
 
     Returns:
         TuningData: with queries where the file has them.
 
     Raises:
-        UserError: if it is no such file, or damaged, or holds what cannot be.
+        UserError: if it is no such file, damaged, or holds what cannot be or fewer neighbours.
     """
     with _opened(path) as file:
         arrays = {name: file[name] for name in file.files if name != "checksum"}
         if str(file["checksum"]) != _checksum(arrays):
             raise ValueError("its checksum is not that of its content")
         _check_arrays(arrays, _settings_of(file)["k"], types)
+    check_arguments("load", k=(k, whole(0, arrays["distances"].shape[1])))
     matches = np.unpackbits(arrays["matches"], axis=1, count=k).view(bool)
     return TuningData(
         torch.from_numpy(arrays["log_p_lm"]),

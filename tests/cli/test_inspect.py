@@ -337,6 +337,7 @@ def test_page_of_a_text(look, data, tmp_path):
         (["--positions", "0:1", "--json", "/nonesuch/x.json"], ["--json /nonesuch/x.json"]),
         (["--positions", "0:1", "--knn-show-neighbors", 0], ["--knn-show-neighbors", ">= 1"]),
         (["--positions", "0:1", "--window", -1], ["--window", ">= 0"]),
+        (["--positions", "0:1", "--remove-bpe"], ["--remove-bpe", "shows tokens"]),
         (["--positions", "0:1", "--max-tokens", 16], ["--max-tokens"]),
         (["--positions", "0:1", "--tokens-per-sample", 64], ["64", "32", "--tokens-per-sample"]),
         (["--input", "x", "--shorten-method", "truncate"], ["--shorten-method truncate"]),

@@ -235,6 +235,57 @@ def test_the_curve_is_logged_in_fairseqs_form(tuned, form):
         assert [re.search(r"\| k (\d+) \|", line).group(1) for line in lines] == ["4", "64"]
 
 
+# -- words of several tokens -----------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def pieces(data, checkpoints, tmp_path_factory):
+    """The data with a third of its words marked as going on, and a datastore of it."""
+    folder = tmp_path_factory.mktemp("pieces")
+    shutil.copytree(data, folder / "bin")
+    lines = (data / "dict.txt").read_text().splitlines()
+    marked = [line.replace(" ", "@@ ", 1) if i % 3 == 0 else line for i, line in enumerate(lines)]
+    (folder / "bin" / "dict.txt").write_text("\n".join(marked) + "\n")
+    build(folder / "bin", checkpoints["plain"], folder / "d", "--knn-index", "Flat")
+    return folder / "bin", folder / "d"
+
+
+def test_perplexity_of_words_is_that_of_an_evaluation(checkpoints, tuned, pieces):
+    texts, datastore = pieces
+    flags = ["--remove-bpe", "@@ ", "--sample-break-mode", "complete"]
+    result = tuned(
+        *flags, "--report-subset", "test", "--knn-cache-size", 30, data=texts, datastore=datastore
+    )
+    of_tokens = tuned(*flags[2:], "--knn-cache-size", 30, data=texts, datastore=datastore)
+    assert knn_flags(result["best"]) == knn_flags(of_tokens["best"])
+    reported = result["reported_on"]
+    assert reported["counted"] < 0.9 * reported["tokens"]
+
+    def evaluated(*more, split="test"):
+        return evaluate(texts, checkpoints["plain"], "--gen-subset", split, *flags, *more)
+
+    knn = ["--knn-datastore", datastore, *knn_flags(result["best"])]
+    base, alone = evaluated(), evaluated(*knn)
+    assert reported["base_perplexity"] == pytest.approx(base, rel=1e-5)
+    assert reported["knn_perplexity"] == pytest.approx(alone, rel=1e-5)
+    change = reported["relative_change"]
+    assert change["value"] == pytest.approx(alone / base - 1, rel=1e-3)
+    assert (change["units"], change["unit"]) == (12, "documents")
+    on_valid = evaluated(*knn, split="valid")
+    assert result["best"]["perplexity"] == pytest.approx(on_valid, rel=1e-5)
+    both = result["best_knn_cache"]["perplexity"]
+    assert both == pytest.approx(result["tuned_on"]["knn_cache_perplexity"], rel=1e-6)
+    assert "--remove-bpe '@@ '" in result["command"]
+
+
+def test_words_that_cannot_be_counted_are_refused(refused, pieces, tmp_path):
+    texts, datastore = pieces
+    others = {"data": texts, "datastore": datastore}
+    assert "got 'letter'" in refused("--post-process", "letter", **others)
+    message = refused("--remove-bpe", "@@ ", "--report", tmp_path / "report", **others)
+    assert "--report are of tokens" in message
+
+
 # -- the file of neighbours ------------------------------------------------------------------------
 
 
@@ -421,6 +472,29 @@ def test_building_anew_removes_what_was_tuned(data, checkpoints, stored):
     assert read_tuned(str(datastore)) is None
 
 
+def test_what_it_replaces_is_printed(stored, tuned):
+    datastore, _ = stored
+    before = read_tuned(str(datastore))
+    log = tuned("--knn-k", 8, datastore=datastore)["log"]
+    after = read_tuned(str(datastore))
+    assert re.search(rf"stored in .*: k {after['k']}, lambda {after['knn_lambda']:g}, ", log)
+    assert re.search(rf"in place of: k {before['k']}, lambda {before['knn_lambda']:g}, ", log)
+
+
+def test_a_setting_of_more_text_is_replaced_only_if_asked_for(data, stored, refused, tuned):
+    datastore, _ = stored
+    on_train = tuned("--gen-subset", "train", datastore=datastore)
+    assert "in place of" in on_train["log"]  # more text replaces less
+    kept = read_tuned(str(datastore))
+    message = refused(datastore=datastore)
+    assert "tuned on more text" in message and "--overwrite" in message and "--no-store" in message
+    assert f"{on_train['tuned_on']['tokens']:,} tokens" in message
+    assert "in place of" not in tuned("--no-store", datastore=datastore)["log"]
+    assert read_tuned(str(datastore)) == kept
+    tuned("--overwrite", datastore=datastore)
+    assert read_tuned(str(datastore))["tuned_on"]["split"] == "valid"
+
+
 # -- the temperature to start with -----------------------------------------------------------------
 
 
@@ -436,12 +510,18 @@ def test_auto_is_what_the_build_recorded(data, checkpoints, built, tuned):
     assert best <= auto * (1 + 1e-6) <= 1.03 * best
 
 
-def test_auto_of_a_datastore_that_records_none_is_refused(data, checkpoints, built, tmp_path):
+def test_a_datastore_that_records_none_needs_a_number_or_tuning(
+    data, checkpoints, built, tuned, tmp_path
+):
     shutil.copytree(built["flat"], tmp_path / "old")
     manifest = read_manifest(str(tmp_path / "old"))
     del manifest["temperature"]
     (tmp_path / "old" / MANIFEST).write_bytes(render(manifest))
     flags = ["--knn-datastore", tmp_path / "old", "--knn-k", 8]
-    assert evaluate(data, checkpoints["plain"], *flags) < math.inf
-    with pytest.raises(UserError, match="build it again"):
-        evaluate(data, checkpoints["plain"], *flags, "--knn-temperature", "auto")
+    for more in ([], ["--knn-temperature", "auto"]):
+        with pytest.raises(UserError, match="records no temperature.*--knn-temperature a number"):
+            evaluate(data, checkpoints["plain"], *flags, *more)
+    assert evaluate(data, checkpoints["plain"], *flags, "--knn-temperature", 3) < math.inf
+    tuned(datastore=tmp_path / "old")
+    tuned_flags = ["--knn-datastore", tmp_path / "old", "--knn-tuned"]
+    assert evaluate(data, checkpoints["plain"], *tuned_flags) < math.inf

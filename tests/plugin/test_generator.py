@@ -470,7 +470,7 @@ def test_the_first_memory_is_the_nearest(interact, datastores, data, checkpoints
     "flags, message",
     [
         (["--knn-lambda", 1], "--knn-lambda below 1"),
-        (["--knn-cache-size", 50], "continuous cache is for fairseq-eval-lm"),
+        (["--knn-cache-size", 50], "generation knows no continuous cache"),
         (["--print-alignment"], "--print-alignment: a language model has no source"),
         (["--constraints"], "--constraints: fairseq has them for translation only"),
         (["--knn-show-neighbors", -1], "--knn-show-neighbors must be >= 0, got -1"),

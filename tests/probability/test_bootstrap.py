@@ -7,7 +7,13 @@ import numpy as np
 import pytest
 
 from fairseq_knnlm.probability import bootstrap
-from fairseq_knnlm.probability.bootstrap import BLOCK_TOKENS, paired_interval
+from fairseq_knnlm.probability.bootstrap import (
+    BLOCK_TOKENS,
+    MIN_UNITS,
+    Interval,
+    in_words,
+    paired_interval,
+)
 
 
 def make_scores(seed, documents, tokens=40, gain=0.2):
@@ -73,6 +79,31 @@ def test_few_documents_are_cut_into_blocks():
     first, second, _ = make_scores(6, 100)
     interval = paired_interval(first, second, [0, 100, 200])
     assert (interval.units, interval.unit) == (-(-len(first) // BLOCK_TOKENS), "blocks")
+
+
+@pytest.mark.parametrize("tokens, units", [(9_000, 9), (9_001, 10)])
+def test_few_units_have_no_interval(tokens, units):
+    assert MIN_UNITS == 10
+    first = -np.random.default_rng(9).exponential(3.0, size=tokens)
+    interval = paired_interval(first, first + 0.1, [0, 100])
+    assert interval.value == pytest.approx(math.expm1(-0.1))
+    assert (interval.units, interval.unit) == (units, "blocks")
+    assert (interval.low is None) == (interval.high is None) == (units < 10)
+
+
+@pytest.mark.parametrize(
+    "change, expected",
+    [
+        (Interval(-0.1, -0.125, -0.0751, 1300, "documents"),
+         "95% interval [-12.50%, -7.51%] (1,300 documents)"),
+        (Interval(-0.1, -0.125, -0.0751, 12, "blocks"),
+         "95% interval [-12.50%, -7.51%] (12 blocks of 1,000 tokens, for want of 10 documents)"),
+        (Interval(-0.1, None, None, 6, "blocks"),
+         "no 95% interval (too few: 6 blocks of 1,000 tokens, for want of 10 documents)"),
+    ],
+)  # fmt: skip
+def test_in_words(change, expected):
+    assert in_words(change) == expected
 
 
 def test_many_documents_are_drawn_together():

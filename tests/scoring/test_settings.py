@@ -4,13 +4,14 @@ import math
 
 import pytest
 
+from fairseq_knnlm.errors import UserError
 from fairseq_knnlm.plugin.config import KNNLMConfig
 from fairseq_knnlm.scoring.settings import (
     Settings,
     flag_of,
     range_faults,
-    starting_temperature,
     weight_fault,
+    with_temperature,
 )
 
 
@@ -72,7 +73,10 @@ class _Datastore:
         self.manifest = manifest
 
 
-def test_the_starting_temperature_is_what_the_datastore_records():
-    assert starting_temperature(_Datastore({"temperature": {"value": 5.7}})) == 5.7
-    with pytest.raises(ValueError, match="DIR records no temperature"):
-        starting_temperature(_Datastore({}))
+def test_a_temperature_left_to_the_datastore_is_what_it_records():
+    datastore = _Datastore({"temperature": {"value": 5.7}})
+    assert with_temperature(Settings(k=3), datastore) == Settings(k=3, temperature=5.7)
+    assert with_temperature(Settings(temperature=2.0), datastore).temperature == 2.0
+    assert with_temperature(Settings(temperature=2.0), _Datastore({})).temperature == 2.0
+    with pytest.raises(UserError, match="DIR records no temperature .* give --knn-temperature a"):
+        with_temperature(Settings(), _Datastore({}))

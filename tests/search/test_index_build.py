@@ -73,7 +73,7 @@ def test_the_estimated_size_is_about_right(index_path, factory):
     "factory", ["", "nonsense", "IVF", "IVF16,PQ7", "IVF16,PQ8,nonsense", "pq"]
 )
 def test_a_factory_string_that_faiss_does_not_know_is_refused(factory):
-    with pytest.raises(UserError, match=f"--knn-index '{factory}' .* 16 dimensions"):
+    with pytest.raises(UserError, match=rf"'{factory}' \(--knn-index\) .* 16 dimensions"):
         make_index(factory, DIMENSION, "l2")
 
 

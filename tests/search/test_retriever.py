@@ -48,6 +48,21 @@ def whole(make):
     return make()
 
 
+def test_queries_are_tensors_or_arrays(whole, queries):
+    retriever = Retriever.open([whole], k=5)
+    expected = retriever.search(queries)
+    own = retriever.datastores[0].keys[:3]  # may not be written to, float16
+    for given in (queries.numpy(), np.asfortranarray(queries.numpy()), queries.double().numpy()):
+        assert all(map(torch.equal, retriever.search(given), expected))
+    assert retriever.search(own, k=1).distances.tolist() == [[0.0]] * 3
+    rows = [rows for rows, _ in retriever.batches(queries.numpy())]
+    assert (rows[0].start, rows[-1].stop) == (0, len(queries))
+    with pytest.raises(
+        UserError, match=r"shape \(N, 8\).* float type, got \(40, 8\) of torch.int64"
+    ):
+        retriever.search(queries.long())
+
+
 @pytest.fixture(scope="module")
 def parts(make):
     return [make(start, stop) for start, stop in zip(CUTS, CUTS[1:])]

@@ -122,7 +122,7 @@ def test_a_build_refuses_keys_that_are_not_what_was_written(copy, tmp_path):
         ({"factory": "IVF8,Flat"}, "index.factory is IVF8,Flat, which is IndexIVFFlat"),
         ({"factory": "IVF16,SQ8"}, "nlist=16"),
         ({"factory": "Flat"}, "which is IndexFlat"),
-        ({"factory": "nonsense"}, "'nonsense' is no FAISS index"),
+        ({"factory": "nonsense"}, "'nonsense' (--knn-index) is no FAISS index"),
     ],
 )
 def test_another_index_than_the_manifest_says_is_refused(copy, changed, message):

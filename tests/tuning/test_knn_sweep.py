@@ -15,6 +15,7 @@ from fairseq_knnlm.tuning.grid import KNNGridPoint, best
 from fairseq_knnlm.tuning.knn_sweep import (
     best_lambda,
     best_of_each_k,
+    k_at_an_end,
     log_p_knn,
     mixture_perplexities,
     sweep,
@@ -273,6 +274,24 @@ def test_a_best_temperature_at_an_end_is_told():
     data = make_data(seed=9)
     assert temperature_at_an_end(sweep(data, [12], [1e-3, 2e-3]))
     assert not temperature_at_an_end(sweep(data, [12], [1.0]))
+
+
+def point(k, perplexity):
+    return KNNGridPoint(k, 1.0, 0.5, perplexity)
+
+
+@pytest.mark.parametrize(
+    "points, expected",
+    [
+        ([point(1, 9.0), point(8, 8.0), point(64, 7.0)], "largest"),
+        ([point(1, 9.0), point(8, 7.0), point(64, 7.5)], None),
+        ([point(1, 7.0), point(8, 8.0)], None),  # there is no smaller one
+        ([point(4, 7.0), point(8, 8.0)], "smallest"),
+        ([point(8, 7.0)], None),
+    ],
+)
+def test_a_best_k_at_an_end_is_told(points, expected):
+    assert k_at_an_end(points) == expected
 
 
 def test_settings_can_be_typed_as_flags():

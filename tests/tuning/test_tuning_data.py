@@ -17,7 +17,7 @@ SETTINGS = {"model": "a" * 64, "data": {"sha256": "b" * 64, "split": "valid"}, "
 def data():
     rng = np.random.default_rng(1)
     return TuningData(
-        torch.from_numpy(rng.normal(size=7).astype(np.float32)),
+        torch.from_numpy(-rng.random(7).astype(np.float32)),
         torch.from_numpy(np.sort(rng.random((7, 11)).astype(np.float32), axis=1)),
         torch.from_numpy(rng.random((7, 11)) < 0.3),
         torch.arange(7),
@@ -129,9 +129,62 @@ def test_an_npz_of_something_else_is_refused(tmp_path, arrays):
 
 
 def test_another_version_is_refused(data, path, monkeypatch):
-    monkeypatch.setattr(tuning_data, "FORMAT_VERSION", 2)
-    with pytest.raises(UserError, match="format version 1, this release reads version 2"):
+    monkeypatch.setattr(tuning_data, "FORMAT_VERSION", 3)
+    with pytest.raises(UserError, match="format version 2, this release reads version 3"):
         tuning_data.refuse_other(path, SETTINGS)
+
+
+def first_set_to(value):
+    def change(array):
+        array = array.copy()
+        array.flat[0] = value
+        return array
+
+    return change
+
+
+@pytest.mark.parametrize(
+    "name, change, what",
+    [
+        ("log_p_lm", first_set_to(np.nan), "a log-probability is not finite"),
+        ("log_p_lm", first_set_to(3.0), "a log-probability is more than 0"),
+        ("targets", first_set_to(-1), "a target is no word"),
+        ("targets", first_set_to(7), "a target is no word"),
+        ("distances", first_set_to(np.nan), "a distance is no number"),
+        ("distances", first_set_to(2.0), "not nearest first"),
+        ("document_starts", first_set_to(1), "documents begin nowhere"),
+        ("parts", first_set_to(16), "not below 16"),
+        ("queries", first_set_to(np.inf), "a hidden state is not finite"),
+        ("distances", lambda array: array.astype(np.float64), "distances is float64"),
+        ("targets", lambda array: array[:-1], "targets is int64 of shape"),
+        ("settings", lambda array: np.array('{"format_version": 2, "k": "11"}'), "its k is '11'"),
+    ],
+)
+def test_what_no_pass_gives_is_refused(path, name, change, what):
+    """Though the checksum is that of the content."""
+    with np.load(path) as file:
+        arrays = {part: file[part] for part in file.files if part != "checksum"}
+    arrays[name] = change(arrays[name])
+    with open(path, "wb") as file:
+        np.savez(file, checksum=np.array(tuning_data._checksum(arrays)), **arrays)
+    with pytest.raises(UserError, match="is not, or no longer, what") as error:
+        tuning_data.load(path, 11, types=7)
+    assert what in str(error.value)
+
+
+def test_a_file_whose_content_was_exchanged_is_refused(path):
+    with np.load(path) as file:
+        arrays = {part: file[part] for part in file.files}
+    arrays["log_p_lm"] = arrays["log_p_lm"] * 2
+    with open(path, "wb") as file:
+        np.savez(file, **arrays)
+    with pytest.raises(UserError, match="its checksum is not that of its content"):
+        tuning_data.load(path, 11)
+
+
+def test_more_neighbours_than_there_are_are_refused(path):
+    with pytest.raises(UserError, match="k must be a whole number >= 0 and <= 11, got 12"):
+        tuning_data.load(path, 12)
 
 
 def test_a_file_that_cannot_be_written(data, tmp_path):
