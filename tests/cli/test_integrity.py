@@ -34,11 +34,20 @@ def copy(datastores, tmp_path):
     return shutil.copytree(datastores["plain"], tmp_path / "copy")
 
 
-def info(path, *flags):
-    """Exit status and output of ``fairseq-knnlm-info``."""
-    done = knnlm("fairseq-knnlm-info", path, *flags, check=False)
-    assert "Traceback" not in done.stdout
-    return done.returncode, done.stdout
+@pytest.fixture
+def info(capsys):
+    """Runs ``fairseq-knnlm-info`` in this process; gives its exit status and what it says."""
+
+    def run_info(path, *flags):
+        end = ""
+        try:
+            call(main, path, *flags)
+        except UserError as error:
+            end = str(error)
+        out, err = capsys.readouterr()
+        return int(bool(end)), out + err + end
+
+    return run_info
 
 
 @pytest.mark.parametrize("name", ["keys.npy", "values.npy", "index.faiss"])
@@ -62,8 +71,9 @@ def test_the_message_and_the_exit_status_of_damage(data, checkpoints, copy):
     assert "Perplexity" not in done.stdout
     last = done.stdout.strip().splitlines()[-1]
     assert last.startswith(f"fairseq_knnlm: {copy}/keys.npy is damaged between bytes 128 and")
-    status, text = info(copy, "--verify")
-    assert status == 1 and "keys.npy: damaged between bytes 128 and" in text
+    done = knnlm("fairseq-knnlm-info", copy, "--verify", check=False)
+    assert done.returncode == 1 and "Traceback" not in done.stdout
+    assert "keys.npy: damaged between bytes 128 and" in done.stdout
 
 
 # -- tuned.json ------------------------------------------------------------------------------------
@@ -98,7 +108,7 @@ def test_settings_that_were_not_tuned_are_refused(data, checkpoints, copy, chang
     assert message in str(error.value)
 
 
-def test_info_says_what_it_can_of_what_was_tuned(copy):
+def test_info_says_what_it_can_of_what_was_tuned(copy, info):
     path = save_tuned([str(copy)], {**TUNED, "tuned_on": {"split": "valid"}})
     status, text = info(copy)
     assert status == 0
@@ -116,7 +126,7 @@ def test_info_says_what_it_can_of_what_was_tuned(copy):
 # -- info ------------------------------------------------------------------------------------------
 
 
-def test_info_of_a_datastore_of_own_settings(copy):
+def test_info_of_a_datastore_of_own_settings(copy, info):
     """What the builder left out has no line."""
     names = ("key", "model", "dictionary", "data", "context", "versions", "temperature")
     edit_manifest(copy, lambda manifest: [manifest.pop(name) for name in names])
@@ -134,13 +144,13 @@ def test_info_of_a_datastore_of_own_settings(copy):
         (lambda manifest: manifest.update(count="9"), "count must be a whole number"),
     ],
 )
-def test_what_a_manifest_cannot_say_is_not_verified(copy, edit, message):
+def test_what_a_manifest_cannot_say_is_not_verified(copy, edit, message, info):
     edit_manifest(copy, edit)
     status, text = info(copy, "--verify")
     assert status == 1 and message in text and "verified: " not in text
 
 
-def test_a_directory_in_place_of_the_manifest(data, checkpoints, copy):
+def test_a_directory_in_place_of_the_manifest(data, checkpoints, copy, info):
     (copy / "manifest.json").unlink()
     (copy / "manifest.json").mkdir()
     status, text = info(copy)
