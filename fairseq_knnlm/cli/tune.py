@@ -15,6 +15,7 @@ from ..tuning.grid import KNNGridPoint, best
 from ..tuning.knn_sweep import best_of_each_k, sweep, temperature_at_an_end
 from ..tuning.tuning_data import TuningData, beside
 from .command_line import run_command, with_progress
+from .described import describe_run
 from .loading import load_task_and_model
 from .split_data import SplitData
 from .tune_flags import cache_grid, knn_grid, make_parser, refuse_flags, refuse_same_text
@@ -67,7 +68,14 @@ def run(cfg, args, typed) -> None:
         store(task.retriever.datastores, tuned_on.settings, chosen, summary)
     if args.report:
         page = report.write(
-            args.report, summary, points, data, sizes, task.retriever, task.target_dictionary
+            args.report,
+            {**summary, **describe_run(cfg, model)},
+            points,
+            chosen.cache_grid,
+            data,
+            sizes,
+            task.retriever,
+            task.target_dictionary,
         )
         logger.info(f"report written to {page}")
     logger.info(f"evaluate with: {summary['command']}")

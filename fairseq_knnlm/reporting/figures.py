@@ -1,4 +1,4 @@
-"""The figures of a report, as PNG and SVG. The only door to matplotlib.
+"""The figures of a report, for papers and for its page. The only door to matplotlib.
 
 matplotlib is imported when a report is asked for, and not before: the commands run without it.
 """
@@ -6,27 +6,52 @@ matplotlib is imported when a report is asked for, and not before: the commands 
 import io
 import math
 from collections.abc import Sequence
-from typing import Optional
 
 from ..errors import UserError
+from .intervals import has_interval
 from .tables import BIN_NATS
 
-# Okabe and Ito's colours; lines and markers differ as well.
-_BASE, _FIRST, _SECOND = "#000000", "#0072B2", "#D55E00"
+# Each colour by name, in light and in dark: Okabe and Ito's blue and orange, in dark a lighter one.
+# Lines, markers and hatches differ as well.
+_COLOURS = {
+    "paper": ("#ffffff", "#14171a"),
+    "ink": ("#1b1b1b", "#e6e6e6"),
+    "grid": ("#d5d5d5", "#363c42"),
+    "first": ("#0072b2", "#56b4e9"),
+    "second": ("#d55e00", "#ff9f4a"),
+    "bar": ("#9ecae9", "#22588f"),
+    "apart": ("#c9c9c9", "#5a6168"),
+}
+_PAPER, _INK, _GRID, _FIRST, _SECOND, _BAR, _APART = (light for light, _ in _COLOURS.values())
 _LOOK = {
-    "figure.figsize": (6.4, 4.0),
+    # A column of a paper, or the width of a telephone.
+    "figure.figsize": (4.8, 3.4),
     "figure.constrained_layout.use": True,
+    "figure.facecolor": _PAPER,
+    "font.size": 9,
+    "text.color": _INK,
+    "axes.facecolor": _PAPER,
+    "axes.edgecolor": _INK,
+    "axes.labelcolor": _INK,
     "axes.grid": True,
+    "axes.axisbelow": True,
     "axes.spines.right": False,
     "axes.spines.top": False,
-    "grid.alpha": 0.3,
-    "legend.framealpha": 0.9,
-    "savefig.dpi": 150,
+    "grid.color": _GRID,
+    "xtick.color": _INK,
+    "ytick.color": _INK,
+    "hatch.color": _INK,
+    "savefig.dpi": 300,
+    "pdf.fonttype": 42,  # letters that a journal's programs can read
     # Without a fixed salt the names in an SVG would differ from one report to the next.
     "svg.hashsalt": "fairseq_knnlm",
 }
+# With a date in it no two files would be the same.
+_METADATA = {"png": {}, "svg": {"Date": None}, "pdf": {"CreationDate": None}}
 # The curve over lambda ends where perplexity is this many times that of the model alone.
 _WORST = 1.25
+# What a person would write along an axis of p_mixture / p_lm.
+_RATIOS = (0.01, 0.1, 0.5, 1, 2, 10, 100, 1000)
 
 
 def refuse_missing_matplotlib() -> None:
@@ -51,7 +76,7 @@ def draw(results: dict) -> dict:
         results (dict): what ``report.write`` stores as JSON.
 
     Returns:
-        dict: PNG and SVG of each figure, a pair of bytes, by name.
+        dict: by the name of the figure a dict of bytes, ``png``, ``svg`` and ``pdf``.
     """
     import matplotlib
     from matplotlib.figure import Figure
@@ -61,25 +86,48 @@ def draw(results: dict) -> dict:
         "found": _draw_targets_found,
         "lambda": _draw_lambda,
         "temperature": _draw_temperature,
+        "size": _draw_size,
         "frequency": _draw_frequency,
         "log_ratio": _draw_log_ratio,
-        "size": _draw_size,
     }
+    if results["tables"]["cache_grid"]:
+        drawings["cache"] = _draw_cache
     drawn = {}
     with matplotlib.rc_context(_LOOK):
         for name, drawing in drawings.items():
             figure = Figure()
             drawing(figure, results)
-            # With a date in it no two files would be the same.
-            formats = (("png", {}), ("svg", {"metadata": {"Date": None}}))
-            drawn[name] = tuple(_saved(figure, kind, options) for kind, options in formats)
+            drawn[name] = {kind: _saved(figure, kind) for kind in _METADATA}
     return drawn
 
 
-def _saved(figure, kind: str, options: dict) -> bytes:
+def for_page(svg: bytes) -> bytes:
+    """An SVG that is dark where the reader's other pages are.
+
+    Args:
+        svg (bytes): from ``draw``.
+
+    Returns:
+        bytes: the same, with the colours named in a style sheet for light and one for dark.
+    """
+    light, dark = (
+        ";".join(f"--{name}:{pair[place]}" for name, pair in _COLOURS.items()) for place in (0, 1)
+    )
+    text = svg.decode()
+    for name, (colour, _) in _COLOURS.items():
+        text = text.replace(colour, f"var(--{name})")
+    head, tag, rest = text.partition("<defs>")
+    style = f":root{{{light}}}@media(prefers-color-scheme:dark){{:root{{{dark}}}}}"
+    return f"{head}<style>{style}</style>{tag}{rest}".encode()
+
+
+def _saved(figure, kind: str) -> bytes:
     file = io.BytesIO()
-    figure.savefig(file, format=kind, **options)
+    figure.savefig(file, format=kind, metadata=_METADATA[kind])
     return file.getvalue()
+
+
+# -- what figures have in common -------------------------------------------------------------------
 
 
 def _perplexity_axes(figure, results: dict, label: str):
@@ -88,18 +136,51 @@ def _perplexity_axes(figure, results: dict, label: str):
     axes.set_xlabel(label)
     axes.set_ylabel(f"perplexity on {results['split']}")
     base = results.get("reported_on", results["tuned_on"])["base_perplexity"]
-    axes.axhline(base, color=_BASE, linestyle=":", label=f"without neighbours: {base:.2f}")
+    axes.axhline(base, color=_INK, linestyle=":", label=f"the model alone: {base:.2f}")
     return axes
 
 
-def _plot(
-    axes, rows: Sequence[dict], x: str, line: str, color: str, label: str, y: str = "perplexity"
-) -> None:
-    """A line of two columns of a table, *x* and *y*."""
-    axes.plot(
-        [row[x] for row in rows], [_drawable(row[y]) for row in rows], line, color=color,
-        label=label, markersize=5,
+def _legend(axes) -> None:
+    """Above the axes, where it covers nothing."""
+    axes.legend(
+        loc="lower left", bbox_to_anchor=(0.0, 1.0), ncol=2, frameon=False, borderaxespad=0.2
+    )
+
+
+def _curve(axes, rows: Sequence[dict], x: str, y: str = "perplexity", **look) -> None:
+    """A line of two columns of a table, *x* and *y*, in a band of its intervals."""
+    xs = [row[x] for row in rows]
+    axes.plot(xs, [_drawable(row[y]) for row in rows], **look)
+    bounded = [row for row in rows if row.get(f"{y}_low") is not None]
+    axes.fill_between(
+        [row[x] for row in bounded],
+        [_drawable(row[f"{y}_low"]) for row in bounded],
+        [_drawable(row[f"{y}_high"]) for row in bounded],
+        color=look["color"], alpha=0.15, linewidth=0,
     )  # fmt: skip
+
+
+def _below(colour: str) -> dict:
+    """The look of a line that another may run over: broad, so that it shows on both sides."""
+    return {"color": colour, "marker": "o", "markersize": 7, "linewidth": 4, "alpha": 0.55}
+
+
+def _above(colour: str) -> dict:
+    """The look of a line that may run over another."""
+    return {
+        "color": colour, "marker": "s", "markersize": 3.5, "linewidth": 1.3, "linestyle": "--",
+        "markerfacecolor": _PAPER,
+    }  # fmt: skip
+
+
+def _mark(axes, rows: Sequence[dict], x: str, chosen: float) -> None:
+    """A diamond where a setting was chosen."""
+    for row in rows:
+        if row[x] == chosen:
+            axes.plot(
+                [chosen], [_drawable(row["perplexity"])], "D", color=_SECOND,
+                label=f"chosen: {chosen:.4g}", markersize=7,
+            )  # fmt: skip
 
 
 def _drawable(value: float) -> float:
@@ -107,32 +188,47 @@ def _drawable(value: float) -> float:
     return value if math.isfinite(value) else math.nan
 
 
-def _log2(axes, ticks: Optional[Sequence] = None, form: str = "{x:,.4g}") -> None:
-    """Powers of two along x, with labels of that form."""
-    axes.set_xscale("log", base=2)
-    if ticks is not None:
-        axes.set_xticks(ticks)
+def _log_axis(axes, ticks: Sequence[float], form: str = "{x:,g}") -> None:
+    """Logarithmic along x, with these ticks."""
+    axes.set_xscale("log")
+    axes.set_xticks(ticks)
     axes.minorticks_off()
     axes.xaxis.set_major_formatter(form)
 
 
+def _round_numbers(values: Sequence[float], steps: Sequence[int] = (1, 2, 5)) -> list[float]:
+    """1, 2, 5, 10, 20 and so on within the range of *values*; these themselves if it is narrow."""
+    low, high = min(values), max(values)
+    exponents = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    within = [
+        float(f"{step}e{exponent}")
+        for exponent in exponents
+        for step in steps
+        if low <= float(f"{step}e{exponent}") <= high
+    ]
+    return within if len(within) >= 2 else sorted(set(values))
+
+
+# -- the figures -----------------------------------------------------------------------------------
+
+
 def _draw_k(figure, results: dict) -> None:
     axes = _perplexity_axes(figure, results, "k, number of neighbours")
-    rows, best = results["tables"]["k"], results["best"]
-    _plot(
-        axes, results["tables"]["k_at_temperature"], "k", "s--", _SECOND,
-        f"best lambda, T = {best['temperature']:g}",
+    tables, temperature = results["tables"], results["best"]["temperature"]
+    _curve(axes, tables["k"], "k", label="best lambda and T for each k", **_below(_FIRST))
+    _curve(
+        axes, tables["k_at_temperature"], "k", label=f"best lambda, T = {temperature:.4g}",
+        **_above(_SECOND),
     )  # fmt: skip
-    _plot(axes, rows, "k", "o-", _FIRST, "best lambda and T")
-    _log2(axes, [row["k"] for row in rows])
-    axes.legend()
+    _log_axis(axes, [row["k"] for row in tables["k"]])
+    _legend(axes)
 
 
 def _draw_targets_found(figure, results: dict) -> None:
     axes = figure.add_subplot()
     rows = results["tables"]["found"]
-    _plot(axes, rows, "k", "o-", _FIRST, "", "targets_found")
-    _log2(axes, [row["k"] for row in rows])
+    _curve(axes, rows, "k", "targets_found", color=_FIRST, marker="o", markersize=5)
+    _log_axis(axes, [row["k"] for row in rows])
     axes.set_ylim(0, 1)
     axes.yaxis.set_major_formatter("{x:.0%}")
     axes.set_xlabel("k, number of neighbours")
@@ -141,67 +237,88 @@ def _draw_targets_found(figure, results: dict) -> None:
 
 def _draw_lambda(figure, results: dict) -> None:
     axes = _perplexity_axes(figure, results, "lambda, weight of p_knn")
-    rows, best = results["tables"]["lambda"], results["best"]
+    rows = results["tables"]["lambda"]
     shown = [row for row in rows if row["perplexity"] <= _WORST * rows[0]["perplexity"]]
-    _plot(axes, shown, "knn_lambda", "-", _FIRST, "with neighbours")
-    chosen = [row for row in shown if row["knn_lambda"] == best["knn_lambda"]]
-    _plot(axes, chosen, "knn_lambda", "D", _SECOND, f"chosen: {best['knn_lambda']:g}")
-    axes.legend()
+    _curve(axes, shown, "knn_lambda", color=_FIRST, label="with neighbours")
+    _mark(axes, shown, "knn_lambda", results["best"]["knn_lambda"])
+    _legend(axes)
 
 
 def _draw_temperature(figure, results: dict) -> None:
     axes = _perplexity_axes(figure, results, "temperature T")
-    rows, best = results["tables"]["temperature"], results["best"]
-    _plot(axes, rows, "temperature", "o-", _FIRST, "best k and lambda")
-    chosen = [row for row in rows if row["temperature"] == best["temperature"]]
-    _plot(axes, chosen, "temperature", "D", _SECOND, f"chosen: {best['temperature']:g}")
-    _log2(axes)
-    axes.legend()
+    rows = results["tables"]["temperature"]
+    _curve(
+        axes, rows, "temperature", color=_FIRST, marker="o", markersize=5,
+        label="best k and lambda for each T",
+    )  # fmt: skip
+    _mark(axes, rows, "temperature", results["best"]["temperature"])
+    _log_axis(axes, _round_numbers([row["temperature"] for row in rows]))
+    _legend(axes)
+
+
+def _draw_cache(figure, results: dict) -> None:
+    chosen = results["best_knn_cache"]
+    panels = figure.subplots(1, 2, sharey=True)
+    for axes, name, label in zip(
+        panels, ("cache_size", "cache_theta"), ("positions in the cache", "theta")
+    ):
+        rows = results["tables"][name]
+        _curve(axes, rows, name, color=_FIRST, marker="o", markersize=5)
+        _mark(axes, rows, name, chosen[name])
+        axes.set_xlabel(label)
+        _legend(axes)
+    _log_axis(panels[0], [row["cache_size"] for row in results["tables"]["cache_size"]])
+    thetas = [row["cache_theta"] for row in results["tables"]["cache_theta"]]
+    if min(thetas) > 0:
+        _log_axis(panels[1], _round_numbers(thetas, (1,)))
+    panels[0].set_ylabel(f"perplexity on {results['tuned_on']['split']}")
 
 
 def _draw_size(figure, results: dict) -> None:
     axes = _perplexity_axes(figure, results, "entries of the datastore")
     rows = results["tables"]["size"]
-    same_k = [row for row in rows if row["k"]]
-    _plot(axes, same_k, "entries", "o-", _FIRST, f"{same_k[0]['k']:,} nearest neighbours")
     every = [row for row in rows if not row["k"]]
-    _plot(axes, every, "entries", "s--", _SECOND, "all known neighbours of the part")
-    _log2(axes, [row["entries"] for row in every], "{x:,.0f}")
-    axes.legend()
+    same_k = [row for row in rows if row["k"]]
+    _curve(axes, every, "entries", label="all known neighbours of the part", **_below(_FIRST))
+    _curve(
+        axes, same_k, "entries", label=f"{same_k[0]['k']:,} nearest neighbours", **_above(_SECOND)
+    )
+    _log_axis(axes, _round_numbers([row["entries"] for row in every]), "{x:,.0f}")
+    _legend(axes)
 
 
 def _draw_frequency(figure, results: dict) -> None:
     axes = figure.add_subplot()
-    rows = results["tables"]["frequency"]
-    changes = [_drawable(row["relative_change"]) for row in rows]
-    axes.bar(range(len(rows)), changes, width=0.7, color="#9ecae9", edgecolor=_FIRST)
-    with_interval = [
-        (place, row)
-        for place, row in enumerate(rows)
-        if row["low"] is not None and math.isfinite(row["high"])
-    ]
-    axes.errorbar(
-        [place for place, _ in with_interval],
-        [row["relative_change"] for _, row in with_interval],
-        yerr=[
-            [max(0.0, row["relative_change"] - row["low"]) for _, row in with_interval],
-            [max(0.0, row["high"] - row["relative_change"]) for _, row in with_interval],
-        ],
-        fmt="none", ecolor=_BASE, capsize=4,
-    )  # fmt: skip
-    axes.axhline(0, color=_BASE, linewidth=0.8)
-    axes.set_xticks(
-        range(len(rows)), [_least_frequency(row) + f"\n{row['share']:.1%}" for row in rows],
-        fontsize="small",
-    )  # fmt: skip
+    buckets = results["tables"]["frequency"]
+    unknown = [row for row in results["tables"]["unknown"] if row["words"] != "known"]
+    rows = [*buckets, *unknown]
+    places = [*range(len(buckets)), *(len(buckets) + 0.5 for _ in unknown)]
+    for place, row in zip(places, rows):
+        axes.bar(
+            place, _drawable(row["relative_change"]), width=0.7, edgecolor=_INK, linewidth=0.6,
+            color=_APART if "words" in row else _BAR, hatch="////" if "words" in row else None,
+        )  # fmt: skip
+        _error_bar(axes, place, row)
+    axes.axhline(0, color=_INK, linewidth=0.8)
+    axes.set_xticks(places, [f"{_least_frequency(row)}\n{row['share']:.1%}" for row in rows])
+    axes.tick_params(axis="x", labelsize="small")
     axes.grid(axis="x", visible=False)
     axes.yaxis.set_major_formatter("{x:+.0%}")
     axes.set_xlabel("occurrences of the target in the datastore; share of tokens")
     axes.set_ylabel("change of perplexity")
 
 
+def _error_bar(axes, place: float, row: dict) -> None:
+    if has_interval(row) and math.isfinite(row["high"]):
+        value = row["relative_change"]
+        sizes = [[max(0.0, value - row["low"])], [max(0.0, row["high"] - value)]]
+        axes.errorbar([place], [value], yerr=sizes, fmt="none", ecolor=_INK, capsize=4)
+
+
 def _least_frequency(row: dict) -> str:
     """A bucket of frequencies, in few letters."""
+    if "words" in row:
+        return row["words"]
     return "never" if row["highest"] == 0 else f"{row['lowest']:,}+"
 
 
@@ -217,14 +334,22 @@ def _draw_log_ratio(figure, results: dict) -> None:
         for start, height in zip(left, heights):
             hurt = start < 0
             axes.bar(
-                start, height, BIN_NATS, align="edge", linewidth=0.4, edgecolor=_BASE,
+                start, height, BIN_NATS, align="edge", linewidth=0.4, edgecolor=_INK,
                 color=_SECOND if hurt else _FIRST, hatch="////" if hurt else None,
             )  # fmt: skip
-        axes.axvline(0, color=_BASE, linewidth=0.8)
-        axes.grid(axis="x", visible=False)
+        axes.axvline(0, color=_INK, linewidth=0.8)
+    _ratio_ticks(below, left)
     above.yaxis.set_major_formatter("{x:.0%}")
     above.set_ylabel("tokens")
-    below.axhline(0, color=_BASE, linewidth=0.8)
+    below.axhline(0, color=_INK, linewidth=0.8)
     below.yaxis.set_major_formatter("{x:,.0f}")
     below.set_ylabel("nats")
-    below.set_xlabel("ln(p_mixture / p_lm): hatched, neighbours hurt; plain, they help")
+    below.set_xlabel("p_mixture / p_lm: hatched, neighbours hurt; plain, they help")
+
+
+def _ratio_ticks(axes, left: Sequence[float]) -> None:
+    """Ratios along an axis of their natural logarithms."""
+    shown = [
+        ratio for ratio in _RATIOS if left[0] <= math.log(ratio) <= left[-1] + BIN_NATS
+    ]  # fmt: skip
+    axes.set_xticks([math.log(ratio) for ratio in shown], [f"{ratio:,g}" for ratio in shown])

@@ -5,6 +5,7 @@ import logging
 import os
 import shlex
 import time
+from collections.abc import Sequence
 from typing import NamedTuple, Optional
 
 import torch
@@ -38,12 +39,14 @@ class Chosen(NamedTuple):
     knn (KNNGridPoint): neighbours; None without a datastore.
     cache (CacheGridPoint): a cache; None without one.
     knn_cache (CacheGridPoint): a cache besides these neighbours; None without either.
+    cache_grid (list of CacheGridPoint): all that was tried for *knn_cache*.
     """
 
     given: Settings
     knn: Optional[KNNGridPoint] = None
     cache: Optional[CacheGridPoint] = None
     knn_cache: Optional[CacheGridPoint] = None
+    cache_grid: Sequence[CacheGridPoint] = ()
 
     def points(self) -> dict:
         """Those that there are, by their names in JSON."""
@@ -102,7 +105,9 @@ class Chosen(NamedTuple):
         sweep = CacheSweep(data, *self._cache_settings(), scores)
         sweep.run(sizes, thetas)
         chosen = self._replace(
-            cache=best(sweep.alone), knn_cache=best(sweep.with_knn) if self.knn else None
+            cache=best(sweep.alone),
+            knn_cache=best(sweep.with_knn) if self.knn else None,
+            cache_grid=sweep.with_knn,
         )
         point = chosen.knn_cache or chosen.cache
         logger.info(
