@@ -5,8 +5,8 @@
     python examples/sotu/demo.py --work DIR --input my-texts/           # your own text
 
 Everything is written to the folder --work: text, data, checkpoint, datastore, the full output of
-every command (logs/), and at the end results.json and perplexity.png. Started again, it goes on
-with the first step that has not finished, or whose command, inputs or outputs have changed since.
+every command (logs/), two pages to open in a browser, and at the end results.json and
+perplexity.png. Started again, it goes on with the first step that has not finished, or whose command, inputs or outputs have changed since.
 
 The sizes are those of a demonstration: two CPU cores, ten minutes.
 """
@@ -22,6 +22,8 @@ HERE = Path(__file__).resolve().parent
 CORES = os.cpu_count()
 # Positions that the largest of the continuous caches looks back on.
 CACHE_SIZE = 4000
+# Of the passage whose memories are shown.
+PASSAGE_TOKENS = 400
 
 sys.path.insert(0, str(HERE.parent))  # no package: --user-dir would shadow fairseq's own examples
 from pipeline import (  # noqa: E402
@@ -50,11 +52,12 @@ def run_pipeline(work, prepare_arguments, max_update):
 
     Returns:
         tuple: what ``fairseq-knnlm-tune`` wrote; tokens and perplexity of each evaluation; seconds
-        of each step.
+        of each step; pages to look at.
     """
-    pipeline = Pipeline(work, steps=8)
+    pipeline = Pipeline(work, steps=9)
     data, checkpoint = make_model(pipeline, prepare_arguments, max_update)
     datastore, tuned = work / "datastore", work / "tune.json"
+    report, passage = work / "report" / "report.html", work / "passage.html"
     dictionary = data / "dict.txt"
     binaries = {
         split: [data / f"{split}.bin", data / f"{split}.idx"]
@@ -80,12 +83,13 @@ def run_pipeline(work, prepare_arguments, max_update):
             *(program("fairseq-knnlm-tune"), data, "--knn-datastore", datastore),
             *evaluation_flags("valid", checkpoint),
             *("--knn-cache-size", CACHE_SIZE, "--report-subset", "test", "--knn-output", tuned),
+            *("--report", report.parent),
         ],
         inputs=[
             *(dictionary, *binaries["valid"], *binaries["test"]),
             *(checkpoint, datastore / "manifest.json"),
         ],
-        outputs=[tuned],
+        outputs=[tuned, report],
     )
     best = read_json(tuned)["best"]
     plugin = ["--user-dir", PLUGIN, "--task", "knnlm_lm", "--knn-datastore", datastore]
@@ -110,7 +114,19 @@ def run_pipeline(work, prepare_arguments, max_update):
             outputs=[],
         )
         found[name] = evaluated(log)
-    return read_json(tuned), found, pipeline.seconds
+    pipeline.run(
+        "inspect",
+        "which memories spoke, for each token of a passage of test",
+        [
+            *(program("fairseq-knnlm-inspect"), data, "--knn-datastore", datastore, *neighbors),
+            *evaluation_flags("test", checkpoint),
+            *("--positions", f"0:{PASSAGE_TOKENS}", "--html", passage),
+        ],
+        inputs=[dictionary, *binaries["test"], checkpoint, datastore / "manifest.json", tuned],
+        outputs=[passage],
+    )
+    pages = {"report": report, "a passage and its memories": passage}
+    return read_json(tuned), found, pipeline.seconds, pages
 
 
 def split_files(data):

@@ -143,8 +143,9 @@ def _perplexity_axes(figure, results: dict, label: str):
 def _legend(axes) -> None:
     """Above the axes, where it covers nothing."""
     axes.legend(
-        loc="lower left", bbox_to_anchor=(0.0, 1.0), ncol=2, frameon=False, borderaxespad=0.2
-    )
+        loc="lower left", bbox_to_anchor=(0.0, 1.0), frameon=False, borderaxespad=0.2,
+        labelspacing=0.2, fontsize="small",
+    )  # fmt: skip
 
 
 def _curve(axes, rows: Sequence[dict], x: str, y: str = "perplexity", **look) -> None:

@@ -8,7 +8,7 @@ from .text_tables import TextTable
 _ESCAPED = {
     "\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}",
     "<": r"\textless{}", ">": r"\textgreater{}", "|": r"\textbar{}", '"': r"\textquotedbl{}",
-    "\N{EN DASH}": "--", "\N{MULTIPLICATION SIGN}": r"$\times$",
+    "\N{EN DASH}": r"\textendash{}", "\N{MULTIPLICATION SIGN}": r"$\times$",
     **{char: "\\" + char for char in "&%$#_{}"},
 }  # fmt: skip
 

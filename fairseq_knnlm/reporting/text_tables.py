@@ -28,7 +28,7 @@ class TextTable(NamedTuple):
     caption: str
     columns: list
     rows: list
-    text_columns: int = 1
+    text_columns: int
 
 
 def text_tables(results: dict) -> dict[str, TextTable]:
@@ -64,10 +64,12 @@ def units(change: dict) -> str:
     return f"{change['units']:,} {noun}"
 
 
-def _of_rows(caption: str, rows: Iterable[dict], columns: dict[str, Callable]) -> TextTable:
+def _of_rows(
+    caption: str, rows: Iterable[dict], columns: dict[str, Callable], text_columns: int = 0
+) -> TextTable:
     """A table of the report's JSON; a column is a function that takes a row and gives a word."""
     words = [[column(row) for column in columns.values()] for row in rows]
-    return TextTable(caption, list(columns), words)
+    return TextTable(caption, list(columns), words, text_columns)
 
 
 def _headline(results: dict) -> TextTable:
@@ -83,7 +85,7 @@ def _headline(results: dict) -> TextTable:
     if _BESIDES in last:
         blank = [""] * len(splits)
         rows.append(["the cache, besides neighbours", *blank, *_change(last[_BESIDES])])
-    return TextTable(f"Perplexity; change and interval are of {last['split']}", columns, rows)
+    return TextTable(f"Perplexity; change and interval are of {last['split']}", columns, rows, 1)
 
 
 def _change(change: Optional[dict]) -> tuple[str, str]:
@@ -140,7 +142,7 @@ def _frequency(results: dict) -> TextTable:
     tables = results["tables"]
     unknown = [row for row in tables["unknown"] if row["words"] != "known"]
     caption = f"Perplexity on {results['split']} by how often the target is in the datastore"
-    return _of_rows(caption, [*tables["frequency"], *unknown], columns)
+    return _of_rows(caption, [*tables["frequency"], *unknown], columns, 1)
 
 
 def _frequency_label(row: dict) -> str:
@@ -160,4 +162,4 @@ def _types(caption: str, rows: list[dict]) -> TextTable:
         "factor": lambda row: factor(row["mean_log_ratio"]),
         "in the datastore": lambda row: f"{row['training_count']:,}",
     }
-    return _of_rows(caption, rows, columns)
+    return _of_rows(caption, rows, columns, 1)
