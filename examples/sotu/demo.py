@@ -6,7 +6,8 @@
 
 Everything is written to the folder --work: text, data, checkpoint, datastore, the full output of
 every command (logs/), two pages to open in a browser, and at the end results.json and
-perplexity.png. Started again, it goes on with the first step that has not finished, or whose command, inputs or outputs have changed since.
+perplexity.png. Started again, it goes on with the first step that has not finished, or whose
+command, inputs or outputs have changed since.
 
 The sizes are those of a demonstration: two CPU cores, ten minutes.
 """
@@ -114,13 +115,14 @@ def run_pipeline(work, prepare_arguments, max_update):
             outputs=[],
         )
         found[name] = evaluated(log)
+    positions = f"0:{min(PASSAGE_TOKENS, read_json(tuned)['reported_on']['tokens'])}"
     pipeline.run(
         "inspect",
         "which memories spoke, for each token of a passage of test",
         [
             *(program("fairseq-knnlm-inspect"), data, "--knn-datastore", datastore, *neighbors),
             *evaluation_flags("test", checkpoint),
-            *("--positions", f"0:{PASSAGE_TOKENS}", "--html", passage),
+            *("--positions", positions, "--html", passage),
         ],
         inputs=[dictionary, *binaries["test"], checkpoint, datastore / "manifest.json", tuned],
         outputs=[passage],
