@@ -82,7 +82,7 @@ def test_facts_are_escaped():
     text = html_page.environment().from_string(template).render(facts={nasty: nasty, "n": 1})
     page = Page(text)
     assert page.tags == ["dl", *["div", "dt", "dd"] * 2]
-    assert page.text.split("\n")[2] == nasty + nasty
+    assert nasty + nasty in page.text
 
 
 @pytest.mark.parametrize(
@@ -97,7 +97,7 @@ def test_factors(log_ratio, words):
 
 
 def test_numbers_in_words():
-    assert html_page.number(1234.567) == "1234.57"
+    assert html_page.number(1234.567) == "1,234.57"
     assert html_page.number(math.inf) == html_page.percent(math.inf) == "infinite"
     assert html_page.percent(-0.1234, sign="+") == "-12.3%"
     assert html_page.percent(0.5, 0) == "50%"

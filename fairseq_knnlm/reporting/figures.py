@@ -313,7 +313,7 @@ def _error_bar(axes, place: float, row: dict) -> None:
     if has_interval(row) and math.isfinite(row["high"]):
         value = row["relative_change"]
         sizes = [[max(0.0, value - row["low"])], [max(0.0, row["high"] - value)]]
-        axes.errorbar([place], [value], yerr=sizes, fmt="none", ecolor=_INK, capsize=4)
+        axes.errorbar([place], [value], yerr=sizes, fmt="none", color=_INK, capsize=4)
 
 
 def _least_frequency(row: dict) -> str:

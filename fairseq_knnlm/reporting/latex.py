@@ -23,9 +23,10 @@ def latex(table: TextTable) -> str:
         str: lines of LaTeX; ``"`` needs the font encoding T1.
     """
     numbers = len(table.columns) - table.text_columns
+    caption = " ".join(table.caption.split())
     return "\n".join(
         (
-            f"% {table.caption}. Needs \\usepackage{{booktabs}} and \\usepackage[T1]{{fontenc}}",
+            f"% {caption}. Needs \\usepackage{{booktabs}} and \\usepackage[T1]{{fontenc}}",
             rf"\begin{{tabular}}{{{'l' * table.text_columns}{'r' * numbers}}}",
             r"\toprule",
             _line(table.columns, len(table.columns)),

@@ -30,7 +30,7 @@ def test_without_any_neighbor_there_is_no_p_knn():
     (token,) = passage.tokens
     token = token._replace(p_knn=math.nan, matching=0, neighbors=[])
     printed = "\n".join(as_text.render(passage._replace(tokens=[token])))
-    assert re.search(r"p_knn none +mixture 0\.1 +ln \+0\.00$", printed)
+    assert re.search(r"p_knn none +mixture 0\.1 +ln \+0\.00$", printed, re.M)
 
 
 def test_what_they_would_have_said_has_a_line_each_where_it_is_known():

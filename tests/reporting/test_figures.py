@@ -6,6 +6,7 @@ from xml.etree import ElementTree
 import matplotlib
 import pytest
 from helpers.study import CACHE_GRID
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from fairseq_knnlm.reporting import figures
@@ -31,8 +32,9 @@ def plotted(drawing, results):
     with matplotlib.rc_context(figures._LOOK):
         figure = Figure()
         drawing(figure, results)
-        figure.draw_without_rendering()
-    return figure, figure.axes, figure.canvas.get_renderer()
+        canvas = FigureCanvasAgg(figure)
+        canvas.draw()
+    return figure, figure.axes, canvas.get_renderer()
 
 
 def test_without_a_cache_there_is_no_figure_of_it(results, drawn):
