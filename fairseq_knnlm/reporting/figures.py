@@ -4,6 +4,7 @@ matplotlib is imported when a report is asked for, and not before: the commands 
 """
 
 import io
+import logging
 import math
 from collections.abc import Sequence
 
@@ -28,7 +29,7 @@ _LOOK = {
     "figure.figsize": (4.8, 3.4),
     "figure.constrained_layout.use": True,
     "figure.facecolor": _PAPER,
-    "font.size": 9,
+    "font.size": 9.5,
     "text.color": _INK,
     "axes.facecolor": _PAPER,
     "axes.edgecolor": _INK,
@@ -81,6 +82,8 @@ def draw(results: dict) -> dict:
     import matplotlib
     from matplotlib.figure import Figure
 
+    # It tells of every table of every font that it puts into a PDF.
+    logging.getLogger("fontTools").setLevel(logging.WARNING)
     drawings = {
         "k": _draw_k,
         "found": _draw_targets_found,
@@ -144,19 +147,23 @@ def _legend(axes) -> None:
     """Above the axes, where it covers nothing."""
     axes.legend(
         loc="lower left", bbox_to_anchor=(0.0, 1.0), frameon=False, borderaxespad=0.2,
-        labelspacing=0.2, fontsize="small",
+        labelspacing=0.2,
     )  # fmt: skip
 
 
-def _curve(axes, rows: Sequence[dict], x: str, y: str = "perplexity", **look) -> None:
-    """A line of two columns of a table, *x* and *y*, in a band of its intervals."""
-    xs = [row[x] for row in rows]
-    axes.plot(xs, [_drawable(row[y]) for row in rows], **look)
-    bounded = [row for row in rows if row.get(f"{y}_low") is not None]
+def _line(axes, rows: Sequence[dict], x: str, y: str = "perplexity", **look) -> None:
+    """A line of two columns of a table, *x* and *y*."""
+    axes.plot([row[x] for row in rows], [_drawable(row[y]) for row in rows], **look)
+
+
+def _curve(axes, rows: Sequence[dict], x: str, **look) -> None:
+    """A line of perplexities, in a band of their intervals."""
+    _line(axes, rows, x, **look)
+    bounded = [row for row in rows if row["perplexity_low"] is not None]
     axes.fill_between(
         [row[x] for row in bounded],
-        [_drawable(row[f"{y}_low"]) for row in bounded],
-        [_drawable(row[f"{y}_high"]) for row in bounded],
+        [_drawable(row["perplexity_low"]) for row in bounded],
+        [_drawable(row["perplexity_high"]) for row in bounded],
         color=look["color"], alpha=0.15, linewidth=0,
     )  # fmt: skip
 
@@ -197,16 +204,19 @@ def _log_axis(axes, ticks: Sequence[float], form: str = "{x:,g}") -> None:
     axes.xaxis.set_major_formatter(form)
 
 
-def _round_numbers(values: Sequence[float], steps: Sequence[int] = (1, 2, 5)) -> list[float]:
-    """1, 2, 5, 10, 20 and so on within the range of *values*; these themselves if it is narrow."""
+def _round_numbers(values: Sequence[float], most: int = 7) -> list[float]:
+    """Ticks within the range of *values*, which are > 0.
+
+    1, 2, 5, 10, 20 and so on; powers of ten where those would be more than *most*; the values
+    themselves where the range has fewer than two.
+    """
     low, high = min(values), max(values)
     exponents = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-    within = [
-        float(f"{step}e{exponent}")
-        for exponent in exponents
-        for step in steps
-        if low <= float(f"{step}e{exponent}") <= high
-    ]
+    for steps in ((1, 2, 5), (1,)):
+        rounded = [float(f"{step}e{exponent}") for exponent in exponents for step in steps]
+        within = [number for number in rounded if low <= number <= high]
+        if len(within) <= most:
+            break
     return within if len(within) >= 2 else sorted(set(values))
 
 
@@ -217,7 +227,7 @@ def _draw_k(figure, results: dict) -> None:
     axes = _perplexity_axes(figure, results, "k, number of neighbours")
     tables, temperature = results["tables"], results["best"]["temperature"]
     _curve(axes, tables["k"], "k", label="best lambda and T for each k", **_below(_FIRST))
-    _curve(
+    _line(
         axes, tables["k_at_temperature"], "k", label=f"best lambda, T = {temperature:.4g}",
         **_above(_SECOND),
     )  # fmt: skip
@@ -228,7 +238,7 @@ def _draw_k(figure, results: dict) -> None:
 def _draw_targets_found(figure, results: dict) -> None:
     axes = figure.add_subplot()
     rows = results["tables"]["found"]
-    _curve(axes, rows, "k", "targets_found", color=_FIRST, marker="o", markersize=5)
+    _line(axes, rows, "k", "targets_found", color=_FIRST, marker="o", markersize=5)
     _log_axis(axes, [row["k"] for row in rows])
     axes.set_ylim(0, 1)
     axes.yaxis.set_major_formatter("{x:.0%}")
@@ -264,14 +274,14 @@ def _draw_cache(figure, results: dict) -> None:
         panels, ("cache_size", "cache_theta"), ("positions in the cache", "theta")
     ):
         rows = results["tables"][name]
-        _curve(axes, rows, name, color=_FIRST, marker="o", markersize=5)
+        _line(axes, rows, name, color=_FIRST, marker="o", markersize=5)
         _mark(axes, rows, name, chosen[name])
         axes.set_xlabel(label)
         _legend(axes)
     _log_axis(panels[0], [row["cache_size"] for row in results["tables"]["cache_size"]])
     thetas = [row["cache_theta"] for row in results["tables"]["cache_theta"]]
     if min(thetas) > 0:
-        _log_axis(panels[1], _round_numbers(thetas, (1,)))
+        _log_axis(panels[1], _round_numbers(thetas, most=4))
     panels[0].set_ylabel(f"perplexity on {results['tuned_on']['split']}")
 
 
@@ -304,7 +314,7 @@ def _draw_frequency(figure, results: dict) -> None:
     axes.set_xticks(places, [f"{_least_frequency(row)}\n{row['share']:.1%}" for row in rows])
     axes.tick_params(axis="x", labelsize="small")
     axes.grid(axis="x", visible=False)
-    axes.yaxis.set_major_formatter("{x:+.0%}")
+    axes.yaxis.set_major_formatter(lambda change, _: f"{change:+.0%}" if round(change, 4) else "0")
     axes.set_xlabel("occurrences of the target in the datastore; share of tokens")
     axes.set_ylabel("change of perplexity")
 
@@ -320,7 +330,12 @@ def _least_frequency(row: dict) -> str:
     """A bucket of frequencies, in few letters."""
     if "words" in row:
         return row["words"]
-    return "never" if row["highest"] == 0 else f"{row['lowest']:,}+"
+    if row["highest"] == 0:
+        return "never"
+    lowest = row["lowest"]
+    if lowest >= 10**6:
+        return f"{lowest // 10**6:,}M+"
+    return f"{lowest // 1000}k+" if lowest >= 10**4 else f"{lowest:,}+"
 
 
 def _draw_log_ratio(figure, results: dict) -> None:

@@ -89,9 +89,11 @@ def _facts(results: dict) -> dict:
         "Model": results["model"],
         "Context": results["context"],
         **dict(zip(names if len(stores) > 1 else ["Datastore"], stores)),
+    }
+    return {
+        **{title: _in_words(values) for title, values in facts.items()},
         "Versions": results["versions"],
     }
-    return {title: _in_words(values) for title, values in facts.items()}
 
 
 def _in_words(values: dict) -> dict:

@@ -87,10 +87,20 @@ def test_unknown_words_stand_apart(results):
 
 
 @pytest.mark.parametrize(
+    "lowest, highest, words",
+    [(0, 0, "never"), (1, 9, "1+"), (1000, 9999, "1,000+"), (10**5, 10**6 - 1, "100k+"),
+     (10**7, 10**8 - 1, "10M+")],
+)  # fmt: skip
+def test_buckets_in_few_letters(lowest, highest, words):
+    assert figures._least_frequency({"lowest": lowest, "highest": highest}) == words
+
+
+@pytest.mark.parametrize(
     "values, ticks",
     [
         ([127790, 2044645], [200_000, 500_000, 1_000_000, 2_000_000]),
         ([0.25, 64.0], [0.5, 1, 2, 5, 10, 20, 50]),
+        ([0.03125, 2048.0], [0.1, 1, 10, 100, 1000]),
         ([0.002, 0.011], [0.002, 0.005, 0.01]),
         ([3.0, 4.0, 3.0], [3.0, 4.0]),
         ([8.0], [8.0]),
