@@ -85,6 +85,7 @@ def table(results):
         f"lambda {both['knn_lambda']:.3f}, weight of the cache {both['cache_lambda']:.3f}. "
         "Tuned on valid, reported on test"
     )
+    yield units_in_words(test[BESIDES])
     yield ""
     yield f"{'step':<44}{'seconds':>12}"
     for step, duration in results["seconds"].items():
@@ -96,9 +97,16 @@ def with_interval(change):
     if change is None:
         return ""
     bounds = bounds_of(change)
-    drawn_from = f"{change['units']:,} {change['unit']}"
-    words = "{:.1%} to {:.1%}".format(*bounds) if bounds else f"none: only {drawn_from}"
+    words = "none" if bounds is None else "{:.1%} to {:.1%}".format(*bounds)
     return f"{change['value']:>9.1%}  {words}"
+
+
+def units_in_words(change):
+    """What an interval is of, or is not for want of."""
+    units = f"{change['units']:,} {change['unit']} of test"
+    if bounds_of(change) is None:
+        return f"intervals: none, {units} are too few"
+    return f"intervals: paired bootstrap over {units}"
 
 
 def plot(tuned, path):
@@ -122,6 +130,7 @@ def plot_methods(axes, test):
         axes.annotate(
             f"{perplexity:.2f}", (perplexity, place), xytext=(0, 7), textcoords="offset points",
             ha="center", fontsize="small",
+            bbox={"facecolor": "white", "edgecolor": "none", "pad": 1},
         )  # fmt: skip
     axes.axvline(base, color=BASE, linestyle=":", linewidth=1)
     axes.set_yticks(range(len(METHODS)), [words for _, _, words in METHODS])
