@@ -2,7 +2,7 @@
 
 ``tables`` and ``sizes`` compute, and ``intervals`` says how sure that is; ``text_tables`` puts
 numbers into words, which ``report_page`` shows on the page and ``latex`` in papers; ``figures``
-draws, and ``report`` writes the files. The only door to matplotlib, which is imported when a report
+draws in the ``look`` of all of them, and ``report`` writes the files. The only door to matplotlib, which is imported when a report
 is asked for. Imports from the root, ``probability`` and ``tuning``.
 """
 

@@ -4,8 +4,8 @@ import base64
 
 from ..html_page import render_page
 from ..probability.bootstrap import BLOCK_TOKENS
-from .figures import for_page
 from .intervals import MIN_UNITS, has_interval
+from .look import for_page
 from .text_tables import TextTable, units
 
 

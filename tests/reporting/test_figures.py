@@ -9,7 +9,7 @@ from helpers.study import CACHE_GRID
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from fairseq_knnlm.reporting import figures
+from fairseq_knnlm.reporting import figures, look
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +29,7 @@ def drawn(results):
 
 def plotted(drawing, results):
     """A figure as it is laid out, its axes and its renderer."""
-    with matplotlib.rc_context(figures._LOOK):
+    with matplotlib.rc_context(look.LOOK):
         figure = Figure()
         drawing(figure, results)
         canvas = FigureCanvasAgg(figure)
@@ -46,7 +46,7 @@ def test_without_a_cache_there_is_no_figure_of_it(results, drawn):
 def test_pictures_have_the_resolution_that_papers_ask_for(drawn):
     for formats in drawn.values():
         width = int.from_bytes(formats["png"][16:20], "big")  # of the header
-        assert width == pytest.approx(300 * figures._LOOK["figure.figsize"][0], abs=1)
+        assert width == pytest.approx(300 * look.LOOK["figure.figsize"][0], abs=1)
 
 
 @pytest.mark.parametrize("name", ["k", "lambda", "temperature", "cache", "size"])
@@ -107,17 +107,17 @@ def test_buckets_in_few_letters(lowest, highest, words):
     ],
 )
 def test_ticks_are_round_numbers(values, ticks):
-    assert figures._round_numbers(values) == ticks
+    assert look.round_numbers(values) == ticks
 
 
 def test_on_the_page_every_colour_has_one_for_the_dark(drawn):
     for formats in drawn.values():
-        text = figures.for_page(formats["svg"]).decode()
+        text = look.for_page(formats["svg"]).decode()
         ElementTree.fromstring(text)
         style, rest = re.search(r"<style>(.*?)</style>(.*)", text, re.S).groups()
         assert "prefers-color-scheme:dark" in style
         used = set(re.findall(r"var\(--(\w+)\)", rest))
-        assert used <= set(figures._COLOURS) and {"ink", "paper", "first"} <= used | {"first"}
+        assert used <= set(look.COLOURS) and {"ink", "paper", "first"} <= used | {"first"}
         # what is no variable would be the same in the dark
         assert not re.findall(r"#[0-9a-f]{6}\b", re.sub(r'(id|href)="[^"]*"', "", rest))
 
