@@ -2,8 +2,8 @@
 
 ``tables`` and ``sizes`` compute, and ``intervals`` says how sure that is; ``text_tables`` puts
 numbers into words, which ``report_page`` shows on the page and ``latex`` in papers; ``figures``
-draws in the ``look`` of all of them, and ``report`` writes the files. The only door to matplotlib, which is imported when a report
-is asked for. Imports from the root, ``probability`` and ``tuning``.
+draws in the ``look`` of all of them, and ``report`` writes the files. The only door to matplotlib,
+which is imported when a report is asked for. Imports from the root, ``probability`` and ``tuning``.
 """
 
 from .report import refuse_impossible, write
