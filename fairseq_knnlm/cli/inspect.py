@@ -186,7 +186,7 @@ def _look(cfg, args, task, model, dataset, span, words: Optional[list] = None) -
             written = words[first : first + sample["ntokens"]] if words else None
             tokens += inspector.tokens(
                 first, sample["target"], encoded.log_p_lm, neighbors, written,
-                (encoded.top_log_p_lm, encoded.top_ids),
+                lm_top=(encoded.top_log_p_lm, encoded.top_ids),
             )  # fmt: skip
     return tokens
 

@@ -92,7 +92,7 @@ def encode(
                 shape = len(targets), states.size(1)
                 keys = states.new_empty(shape, dtype=key_dtype or states.dtype)
             keys[rows] = states.to(keys.dtype)
-    return Encoded(log_p_lm, keys, log_z, top_log_p, top_ids)
+    return Encoded(log_p_lm, keys, log_z, top_log_p_lm=top_log_p, top_ids=top_ids)
 
 
 def target_log_probs(
