@@ -138,7 +138,7 @@ def plot_methods(axes, test):
     axes.margins(x=0.12)
     axes.grid(axis="x", alpha=0.3)
     axes.set_xlabel(f"perplexity on {test['split']} (lower is better)")
-    axes.set_title("95% intervals of the change from the model", fontsize="medium")
+    axes.set_title(f"95% {units_in_words(test[BESIDES])}", fontsize="medium")
 
 
 def plot_k(axes, tuned):
@@ -155,13 +155,11 @@ def plot_k(axes, tuned):
     best = tuned["best"]
     axes.plot(best["k"], best["perplexity"], "D", color=BEST, markersize=9)
     axes.set_xscale("log", base=2)
-    axes.set_xticks(ks, [f"{k:,}" for k in ks])
+    axes.set_xticks(ks, ks, fontsize="small")
     axes.minorticks_off()
     axes.set_xlabel("number of neighbours k")
     axes.set_ylabel(f"perplexity on {split}")
-    axes.set_title(
-        f"temperature and lambda at their best; best k: {best['k']:,}", fontsize="medium"
-    )
+    axes.set_title("best T and lambda for each k; diamond: chosen", fontsize="medium")
     axes.grid(alpha=0.3)
 
 
