@@ -14,7 +14,7 @@ from ..encoding.samples import only_rows, to_device
 from ..errors import UserError
 from ..files import refuse_unwritable, write_atomically, write_json
 from ..inspection import as_html, as_text
-from ..inspection.tokens import Inspector, Passage, Token
+from ..inspection.tokens import GUESSES, Inspector, Passage, Token
 from ..plugin.results import circumstances, write_results
 from ..scoring.settings import Settings
 from .command_line import (
@@ -198,12 +198,15 @@ def _look(
     tokens = []
     with extractor_of(model, retriever.key) as extractor:
         for first, sample in _samples(cfg, task, model, dataset, *span):
-            encoded = encode(model, sample, extractor, softmax_batch=cfg.eval_lm.softmax_batch)
+            encoded = encode(
+                model, sample, extractor, softmax_batch=cfg.eval_lm.softmax_batch, top=GUESSES
+            )
             neighbors = retriever.search(encoded.keys)
             written = words[first : first + sample["ntokens"]] if words else None
             tokens += inspector.tokens(
-                first, sample["target"], encoded.log_p_lm, neighbors, written
-            )
+                first, sample["target"], encoded.log_p_lm, neighbors, written,
+                lm_top=(encoded.top_log_p_lm, encoded.top_ids),
+            )  # fmt: skip
     return tokens
 
 

@@ -18,6 +18,7 @@ from ..tuning.grid import KNNGridPoint, best, of_larger_units
 from ..tuning.knn_sweep import best_of_each_k, k_at_an_end, sweep, temperature_at_an_end
 from ..tuning.tuning_data import TuningData, beside
 from .command_line import context_settings, run_command, with_progress
+from .described import describe_run
 from .loading import load_task_and_model
 from .split_data import SplitData
 from .tune_flags import cache_grid, knn_grid, make_parser, refuse_flags, refuse_same_text
@@ -47,7 +48,7 @@ def run(cfg, args, typed) -> None:
     """
     refuse_flags(cfg, args)
     knn, cache = knn_grid(cfg, args), cache_grid(cfg, args)
-    task, tuned_on, reported_on = _prepare(cfg, args)
+    task, model, tuned_on, reported_on = _prepare(cfg, args)
     data = tuned_on.obtain()
     starts = tuned_on.word_starts(data)
     per_unit = 1.0 if starts is None else len(data.log_p_lm) / len(starts)
@@ -70,15 +71,14 @@ def run(cfg, args, typed) -> None:
         summary["reported_on"] = measure(reported_on.split, data, chosen, starts)
     summary["command"] = command(typed, (reported_on or tuned_on).split, chosen)
     if cfg.task.knn_output is not None:
-        grid = [point._asdict() for point in points]
-        results = {**_results(cfg, task, chosen, summary), **summary, "grid": grid}
-        write_results(cfg.task.knn_output, results)
+        write_results(cfg.task.knn_output, _results(cfg, task, chosen, summary, points))
     if task.retriever and not args.no_store:
         store(task.retriever.datastores, tuned_on.settings, chosen, summary)
     if args.report:
         page = report.write(
-            args.report, summary, points, data, sizes, task.retriever, task.target_dictionary
-        )
+            args.report, {**summary, **describe_run(cfg, model)}, points, chosen.cache_grid, data,
+            sizes, task.retriever, task.target_dictionary,
+        )  # fmt: skip
         logger.info(f"report written to {page}")
     logger.info(f"evaluate with: {summary['command']}")
     logger.info(json.dumps(without_infinities(summary)))
@@ -88,7 +88,7 @@ def _prepare(cfg, args):
     """Load everything, and refuse what cannot be, before any work.
 
     Returns:
-        tuple: the task, what is tuned on and what is reported on, see ``_splits``.
+        tuple: task, model, what is tuned on and what is reported on, see ``_splits``.
     """
     if cfg.task.knn_temperature in (None, AUTO):
         # The grid has temperatures of its own, so a datastore that records none can be tuned.
@@ -98,11 +98,11 @@ def _prepare(cfg, args):
     tuned_on, reported_on = _splits(cfg, args, task, model)
     if task.retriever and not (args.no_store or args.overwrite):
         refuse_to_replace(datastore_paths(cfg.task), tuned_on.settings["data"], tuned_on.tokens)
-    return task, tuned_on, reported_on
+    return task, model, tuned_on, reported_on
 
 
-def _results(cfg, task, chosen: Chosen, summary: dict) -> dict:
-    """What ``--knn-output`` of every command has: figures of the best setting, and what it is."""
+def _results(cfg, task, chosen: Chosen, summary: dict, points: list[KNNGridPoint]) -> dict:
+    """What ``--knn-output`` of every command has, of the best setting; the summary and the grid."""
     measured = summary.get("reported_on", summary["tuned_on"])
     *_, method = (name for name in METHODS if f"{name}_perplexity" in measured)
     in_effect = task.in_effect.with_tuned(chosen.final())
@@ -111,6 +111,8 @@ def _results(cfg, task, chosen: Chosen, summary: dict) -> dict:
         **{name: measured[name] for name in ("split", "tokens", "counted", "base_perplexity")},
         "perplexity": measured[f"{method}_perplexity"],
         **circumstances(task, in_effect, context_settings(cfg), measured["split"]),
+        **summary,
+        "grid": [point._asdict() for point in points],
     }
 
 

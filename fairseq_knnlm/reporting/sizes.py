@@ -11,10 +11,10 @@ from typing import NamedTuple, Optional
 import torch
 
 from ..probability.knn import knn_log_probs
-from ..probability.metrics import perplexity
 from ..probability.mixture import mix
 from ..tuning.knn_sweep import best_lambda
 from ..tuning.tuning_data import PARTS, TuningData
+from .intervals import perplexity_with_bounds
 
 # Sizes of the curve, in parts of which the datastore has ``PARTS``.
 _SIZES = (1, 2, 4, 8, 16)
@@ -103,7 +103,7 @@ def size_curve(
     Yields:
         dict: ``share`` and ``entries`` of the datastore; ``k``, None for all known neighbours;
         ``mean_neighbors`` of a query; ``queries_with_fewer``, the share of those with fewer than
-        k, None without k; ``knn_lambda`` and ``perplexity``.
+        k, None without k; ``knn_lambda``; and the perplexity, see ``perplexity_with_bounds``.
     """
     for size in sizes:
         known = _known_neighbors(data, size.parts)
@@ -119,7 +119,7 @@ def size_curve(
                 None if size.k is None else (known < size.k).double().mean().item()
             ),
             "knn_lambda": size.knn_lambda,
-            "perplexity": perplexity(mixed),
+            **perplexity_with_bounds(data, mixed),
         }
 
 

@@ -44,12 +44,14 @@ class Chosen(NamedTuple):
     knn (KNNGridPoint): neighbours; None without a datastore.
     cache (CacheGridPoint): a cache; None without one.
     knn_cache (CacheGridPoint): a cache besides these neighbours; None without either.
+    cache_grid (list of CacheGridPoint): all that was tried for *knn_cache*.
     """
 
     given: Settings
     knn: Optional[KNNGridPoint] = None
     cache: Optional[CacheGridPoint] = None
     knn_cache: Optional[CacheGridPoint] = None
+    cache_grid: Sequence[CacheGridPoint] = ()
 
     def points(self) -> dict:
         """Those that there are, by their names in JSON."""
@@ -114,9 +116,11 @@ class Chosen(NamedTuple):
         sweep = CacheSweep(data, *self._cache_settings(), scores)
         sweep.run(sizes, thetas)
         of_units = functools.partial(of_larger_units, tokens_per_unit=tokens_per_unit)
+        cache_grid = list(map(of_units, sweep.with_knn))
         chosen = self._replace(
             cache=of_units(best(sweep.alone)),
-            knn_cache=of_units(best(sweep.with_knn)) if self.knn else None,
+            knn_cache=best(cache_grid) if self.knn else None,
+            cache_grid=cache_grid,
         )
         point = chosen.knn_cache or chosen.cache
         logger.info(

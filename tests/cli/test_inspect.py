@@ -8,6 +8,7 @@ import types
 
 import numpy as np
 import pytest
+import torch
 from helpers import oracle
 from helpers.commands import build, call, command, knnlm, run
 from helpers.page import Page
@@ -84,6 +85,39 @@ def test_probabilities_are_those_of_the_oracle(look, data, checkpoints, datastor
         assert distances == sorted(distances)
         assert np.dot(weights, same) == pytest.approx(token["p_knn"], abs=1e-5)
         assert sum(same) == token["matching"]
+
+
+@pytest.mark.parametrize("name", ["plain", "adaptive"])
+def test_what_the_model_would_have_said_is_the_top_of_its_softmax(look, data, checkpoints, name):
+    """Against fairseq's own distribution over the whole vocabulary."""
+    result = look("--positions", "64:96", name=name)  # the third block of 32
+    task, model = oracle.load(data, checkpoints[name], 32)
+    with oracle.numpy_compat():
+        task.load_dataset("valid")
+    block = task.dataset("valid")[2]
+    with torch.no_grad():
+        logits = model(block["source"][None])
+        p_lm = model.get_normalized_probs(logits, log_probs=False)[0]
+    for token, expected in zip(result["tokens"], p_lm):
+        largest = expected.topk(5)
+        found = token["lm_guesses"]
+        assert [guess["p"] for guess in found] == pytest.approx(largest.values.tolist(), rel=1e-4)
+        for guess in found:
+            index = task.target_dictionary.index(guess["token"])
+            assert guess["p"] == pytest.approx(expected[index].item(), rel=1e-4)
+            assert guess["matches"] == (guess["token"] == token["text"])
+
+
+def test_what_the_memory_would_have_said_is_the_top_of_p_knn(look):
+    """All neighbours are shown: their weights add up to the probabilities of what they say."""
+    for token in look("--positions", "0:60", "--knn-show-neighbors", K)["tokens"]:
+        sums = {}
+        for neighbor in token["neighbors"]:
+            sums[neighbor["token"]] = sums.get(neighbor["token"], 0.0) + neighbor["weight"]
+        found = [guess["p"] for guess in token["knn_guesses"]]
+        assert found == pytest.approx(sorted(sums.values(), reverse=True)[:5], abs=1e-6)
+        for guess in token["knn_guesses"]:
+            assert guess["p"] == pytest.approx(sums[guess["token"]], abs=1e-6)
 
 
 def test_positions_with_a_context_window(look, data, checkpoints, datastores):
