@@ -6,7 +6,7 @@ import sys
 from ..datastore.datastore import Datastore
 from ..datastore.tuned import read_tuned
 from ..errors import UserError
-from .command_line import ending_with_text
+from .command_line import USER_DIR, ending_with_text
 
 
 def make_parser():
@@ -14,16 +14,28 @@ def make_parser():
     parser = argparse.ArgumentParser(
         description="Print what a datastore holds and what it was built with."
     )
-    parser.add_argument("datastore", metavar="DIR", help="datastore directory")
+    parser.add_argument("datastore", metavar="DIR", nargs="?", help="datastore directory")
     parser.add_argument(
         "--verify", action="store_true", help="read every byte and compare it with its checksum"
+    )
+    parser.add_argument(
+        "--user-dir",
+        action="store_true",
+        help="print only where this plugin is installed: what fairseq's own commands take as "
+        "--user-dir",
     )
     return parser
 
 
 def main(argv=None):
     """Entry point of ``fairseq-knnlm-info``."""
-    args = make_parser().parse_args(argv)
+    parser = make_parser()
+    args = parser.parse_args(argv)
+    if args.user_dir:
+        print(USER_DIR)
+        return
+    if args.datastore is None:
+        parser.error("DIR is missing: which datastore?")
     with ending_with_text():
         run(args)
 

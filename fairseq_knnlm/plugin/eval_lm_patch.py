@@ -12,6 +12,8 @@ import math
 import torch
 import torch.distributed as dist
 
+from ..progress import shown_by
+from .bars import bars_like, in_bars
 from .commands import running_names
 
 logger = logging.getLogger(__name__)
@@ -41,7 +43,8 @@ def use_scorer(make_scorer) -> None:
         )
         names["SequenceScorer"] = lambda dictionary, softmax_batch: scorer
         try:
-            return scorer.total(stock(**arguments))
+            with shown_by(in_bars(bars_like(arguments["batch_iterator"]))):
+                return scorer.total(stock(**arguments))
         finally:
             names["SequenceScorer"] = stock_scorer
 
