@@ -1,4 +1,4 @@
-"""What ``--help`` prints: our flags first, then the flags of ``fairseq-eval-lm`` that are used most.
+"""What ``--help`` prints: our flags, then those of ``fairseq-eval-lm`` that are used most.
 
 fairseq's own help is 500 lines in which ours would be lost; ``--help-all`` prints those as well.
 """

@@ -6,6 +6,7 @@ import sys
 from ..datastore.datastore import Datastore
 from ..datastore.tuned import read_tuned
 from ..errors import UserError
+from ..units import in_bytes
 from .command_line import USER_DIR, ending_with_text
 
 
@@ -64,7 +65,7 @@ def describe(datastore: Datastore):
     size = sum(entry["size_bytes"] for entry in manifest["files"].values())
     yield f"datastore    {datastore.path}"
     yield f"entries      {len(datastore):,} of {datastore.dimension} dimensions"
-    yield f"size         {size:,} bytes, {size / len(datastore):.0f} an entry"
+    yield f"size         {in_bytes(size)}, {size / len(datastore):,.0f} bytes an entry"
     yield f"key          {key['type']} of layer {key['layer']}, metric {manifest['metric']}"
     yield f"index        {index['factory']} (FAISS {index['faiss_version']})"
     yield (

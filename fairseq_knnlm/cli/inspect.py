@@ -25,7 +25,8 @@ def make_parser():
     parser = make_eval_parser(
         "Print for each token of a passage (--input, or --positions of --gen-subset) its "
         "probability by the language model, by the neighbours and by both, and its nearest "
-        "neighbours with the text around them. Their documents are what empty lines separate.",
+        "neighbours with the text around them. Their documents are what empty lines separate. "
+        "Written to files (--html, --json), only a summary of it is printed.",
         gen_subset="valid",
     )
     parser.add_argument(
@@ -57,7 +58,9 @@ def make_parser():
         help="tokens to show on either side of a neighbour, >= 0 (default: 8)",
     )
     parser.add_argument(
-        "--html", metavar="FILE", help="write one page to read in a browser; it needs no network"
+        "--html",
+        metavar="FILE",
+        help="write one page to read in a browser; it needs no network",
     )
     parser.add_argument("--json", metavar="FILE", help="write the same as JSON")
     return parser
@@ -97,7 +100,7 @@ def run(cfg, args):
         write_atomically(args.html, as_html.render(passage).encode())
     if args.json:
         write_json(args.json, passage.to_dict())
-    _print(as_text.render(passage, _wants_color(sys.stdout, os.environ)))
+    _print(_lines(passage, [path for path in (args.html, args.json) if path]))
 
 
 # -- what was asked for ------------------------------------------------------------------------
@@ -215,6 +218,16 @@ def _described(cfg, task) -> dict:
 
 
 # -- printing ----------------------------------------------------------------------------------
+
+
+def _lines(passage: Passage, files: list[str]) -> Iterator[str]:
+    """What is printed: everything, or where it can be read."""
+    if not files:
+        yield from as_text.render(passage, _wants_color(sys.stdout, os.environ))
+        return
+    yield from as_text.head(passage)
+    for path in files:
+        yield f"written to {path}"
 
 
 def _wants_color(stream, environment) -> bool:

@@ -14,6 +14,7 @@ from ..tuning.choice import Chosen, command, measure, store
 from ..tuning.grid import KNNGridPoint, best
 from ..tuning.knn_sweep import best_of_each_k, sweep, temperature_at_an_end
 from ..tuning.tuning_data import TuningData, beside
+from ..units import in_time
 from .command_line import run_command, with_progress
 from .loading import load_task_and_model
 from .split_data import SplitData
@@ -96,7 +97,7 @@ def _tune(cfg, split: str, data: TuningData, grid: dict) -> list[KNNGridPoint]:
     points = sweep(data, **grid)
     chosen = best(points)
     logger.info(
-        f"{len(points)} settings in {time.monotonic() - started:.1f} s; best: k {chosen.k}, "
+        f"{len(points):,} settings in {in_time(time.monotonic() - started)}; best: k {chosen.k:,}, "
         f"lambda {chosen.knn_lambda:g}, temperature {chosen.temperature:g}"
     )
     if temperature_at_an_end(points):

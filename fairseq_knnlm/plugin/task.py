@@ -35,6 +35,7 @@ from .eval_lm_patch import use_scorer
 from .generator import KNNGenerator, KNNModel, ReferenceScorer
 from .opening import refuse_other_decoders, refuse_other_models, settings_and_retriever
 from .print_patch import Memories
+from .unknown_words import warn_of_unknown_words
 
 logger = logging.getLogger(__name__)
 
@@ -264,11 +265,12 @@ class KNNLMTask(LanguageModelingTask):
     # -- generation ----------------------------------------------------------------------------
 
     def build_dataset_for_inference(self, src_tokens, src_lengths, **kwargs):
-        """Prompts, or texts to score, as a dataset; on every numpy.
+        """Prompts, or texts to score, as a dataset; on every numpy. Unknown words are warned of.
 
         Args:
             src_tokens, src_lengths, kwargs: as in fairseq.
         """
+        warn_of_unknown_words(self.source_dictionary, src_tokens)
         with numpy_compat():
             return super().build_dataset_for_inference(src_tokens, src_lengths, **kwargs)
 

@@ -15,6 +15,7 @@ from ..probability.bootstrap import BLOCK_TOKENS, MIN_DOCUMENTS, Interval, paire
 from ..probability.metrics import perplexity
 from ..probability.mixture import mix
 from ..scoring.settings import Settings, flag_of
+from ..units import in_time
 from ..version import __version__
 from .cache_sweep import CacheSweep, log_p_cache
 from .grid import CacheGridPoint, KNNGridPoint, best
@@ -106,8 +107,8 @@ class Chosen(NamedTuple):
         )
         point = chosen.knn_cache or chosen.cache
         logger.info(
-            f"{len(sweep.alone)} caches in {time.monotonic() - started:.1f} s; best: size "
-            f"{point.cache_size}, theta {point.cache_theta:g}, weight {point.cache_lambda:g}"
+            f"{len(sweep.alone)} caches in {in_time(time.monotonic() - started)}; best: size "
+            f"{point.cache_size:,}, theta {point.cache_theta:g}, weight {point.cache_lambda:g}"
             + (f", lambda {point.knn_lambda:g}" if self.knn else "")
         )
         return chosen
