@@ -35,7 +35,9 @@ def test_only_lines_that_mean_something_are_printed(data, checkpoints, datastore
     typed = flags(data, checkpoints, "--knn-datastore", datastores["plain"])
     lines = knnlm("fairseq-knnlm-eval", *typed).stdout.splitlines()
     assert not [line for line in lines if "Warning" in line or "'_name'" in line]
-    assert all(re.match(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d \| (INFO|WARNING) \| ", line) for line in lines)
+    assert all(
+        re.match(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d \| (INFO|WARNING) \| ", line) for line in lines
+    )
     assert max(map(len, lines)) < 300
 
 

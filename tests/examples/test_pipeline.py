@@ -123,4 +123,7 @@ def test_a_command_can_be_copied():
 def test_lines_of_training_keep_what_tells_how_far_it_is():
     line = "epoch 001:    100 / 2600 loss=8.7, ppl=417.1, wps=6170, ups=6.03, wpb=1023.3, bsz=4, "
     line += "num_updates=100, lr=0.0015, gnorm=1.36, train_wall=16, gb_free=2, wall=17"
-    assert shown(line) == "    epoch 001:    100 / 2600 loss=8.7, ppl=417.1, wps=6170, num_updates=100, wall=17"
+    assert (
+        shown(line)
+        == "    epoch 001:    100 / 2600 loss=8.7, ppl=417.1, wps=6170, num_updates=100, wall=17"
+    )

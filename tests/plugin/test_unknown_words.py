@@ -2,7 +2,6 @@
 
 import logging
 
-import pytest
 import torch
 from helpers.commands import USER_DIR, command, run
 from helpers.small import make_dictionary
@@ -39,20 +38,16 @@ def test_the_first_different_ones_are_named(caplog):
 
 def test_the_hub_interface_says_it(data, checkpoints, caplog):
     path = checkpoints["plain"]
-    lm = from_pretrained(
-        path.parent, path.name, data, tokenizer="moses", moses_no_escape=True
-    )
+    lm = from_pretrained(path.parent, path.name, data, tokenizer="moses", moses_no_escape=True)
     with caplog.at_level(logging.WARNING):
         lm.score("w1 it's w2")
     assert "2 of 4 words of the input" in caplog.text  # it 's
 
 
-@pytest.mark.parametrize("flags, count", [((), "3 of 4"), (("--moses-no-escape",), "3 of 4")])
-def test_fairseq_interactive_says_it(data, checkpoints, flags, count):
+def test_fairseq_interactive_says_it(data, checkpoints):
     done = run(
         command("fairseq-interactive"), data, "--path", checkpoints["plain"], "--cpu",
         "--user-dir", USER_DIR, "--task", "knnlm_lm", "--max-len-b", 8, "--tokenizer", "moses",
-        *flags, input="w1 it's &\n",
+        "--moses-no-escape", input="w1 it's &\n",
     )  # fmt: skip
-    assert f"{count} words of the input" in done.stdout
-    assert "it <unk>" not in done.stdout
+    assert "3 of 4 words of the input" in done.stdout
