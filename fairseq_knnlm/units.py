@@ -12,6 +12,8 @@ def in_bytes(size: float) -> str:
     Returns:
         str: up to three digits and a unit, such as ``512 bytes``, ``4.5 GB`` or ``211 GB``.
     """
+    if size == 1:
+        return "1 byte"
     value, unit = float(size), 0
     # What would be rounded to 1,000 of a unit is 1.0 of the next.
     while unit + 1 < len(_SIZES) and round(value) >= 1000:

@@ -9,6 +9,7 @@ from fairseq_knnlm.units import in_bytes, in_time
     "size, text",
     [
         (0, "0 bytes"),
+        (1, "1 byte"),
         (999, "999 bytes"),
         (1000, "1.0 kB"),
         (4_510_000_000, "4.5 GB"),

@@ -50,6 +50,7 @@ def run(args):
     datastore = Datastore.open(args.datastore)
     print("\n".join(describe(datastore)))
     if args.verify:
+        print("reading every byte ...", flush=True)
         faults = list(datastore.verify())
         for fault in faults:
             print(f"{args.datastore}/{fault}", file=sys.stderr)

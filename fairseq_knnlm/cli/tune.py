@@ -67,6 +67,7 @@ def run(cfg, args, typed) -> None:
     if task.retriever:
         store(task.retriever.datastores, tuned_on.settings, chosen, summary)
     if args.report:
+        logger.info("writing the report: tables and figures take up to a minute")
         page = report.write(
             args.report, summary, points, data, sizes, task.retriever, task.target_dictionary
         )

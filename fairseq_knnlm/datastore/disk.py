@@ -33,6 +33,6 @@ def refuse_small_disk(path: str, needed: int, count: int) -> None:
     free = free_bytes(path)
     if needed > free:
         raise UserError(
-            f"--knn-datastore {path} needs about {in_bytes(needed)} ({count:,} entries), its disk "
-            f"has {in_bytes(free)} free"
+            f"--knn-datastore {path} needs about {in_bytes(needed)} ({count:,} entries), "
+            f"{in_bytes(needed - free)} more than its disk has free ({in_bytes(free)})"
         )

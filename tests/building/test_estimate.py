@@ -128,6 +128,6 @@ def test_half_of_the_sizes_is_refused(flags, tmp_path):
 
 
 def test_a_disk_too_small_fails_the_estimate(tmp_path, capsys):
-    with pytest.raises(UserError, match="needs about .* TB .* its disk has .* free"):
+    with pytest.raises(UserError, match="needs about .* TB .* more than its disk has free"):
         command(tmp_path / "d", "--estimate", "--entries", 4 * 10**9, "--dimension", 65536)
     assert "together" in capsys.readouterr().out
