@@ -1,9 +1,14 @@
 """Long steps are shown where a command asks for it, and hand on their items in any case."""
 
+import numpy as np
 import pytest
+import torch
 
 from fairseq_knnlm import progress
 from fairseq_knnlm.progress import shown_by, track
+from fairseq_knnlm.search.exact_search import ExactSearch
+from fairseq_knnlm.search.exhaustive_search import ExhaustiveSearch
+from fairseq_knnlm.search.index_search import IndexSearch
 
 
 @pytest.fixture
@@ -58,3 +63,30 @@ def test_nothing_is_shown_after_the_command(shown):
     with shown_by(lambda what, remaining: iter(["other"])):
         assert list(track("step", range(2), 2)) == ["other"]
     assert list(track("step", range(2), 2)) == [0, 1]
+
+
+def make_search(kind, keys, path):
+    values = np.zeros(len(keys), dtype=np.uint16)
+    if kind == "exhaustive":
+        return ExhaustiveSearch(keys, values, "l2", torch.device("cpu"))
+    if kind == "index":
+        return IndexSearch(path, "l2", values)
+    return ExactSearch(path, "l2", values, keys)
+
+
+@pytest.mark.parametrize(
+    "kind, steps",
+    [
+        ("exact", ["neighbours, pass 1 of 2", "neighbours, pass 2 of 2"]),
+        ("index", ["neighbours"]),
+        ("exhaustive", ["neighbours"]),
+    ],
+)
+def test_searches_are_shown(shown, kind, steps, keys, queries, index_path):
+    search = make_search(kind, keys, index_path("IVF8,PQ8"))
+    shown.clear()  # the index may have been built just now
+    found = search.search(torch.from_numpy(queries), 32)
+    assert list(dict.fromkeys(what for what, _ in shown)) == steps
+    with shown_by(None):
+        again = search.search(torch.from_numpy(queries), 32)
+    assert torch.equal(found.ids, again.ids)
