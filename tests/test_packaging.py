@@ -10,7 +10,7 @@ from helpers.commands import REPOSITORY, command, run
 
 import fairseq_knnlm
 
-COMMANDS = [f"fairseq-knnlm-{name}" for name in ("build", "tune", "inspect", "info")]
+COMMANDS = [f"fairseq-knnlm-{name}" for name in ("build", "tune", "eval", "inspect", "info")]
 
 
 @pytest.fixture(scope="session")

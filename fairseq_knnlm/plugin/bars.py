@@ -4,7 +4,7 @@ import time
 from collections.abc import Iterable, Iterator
 from typing import Callable
 
-from fairseq.logging.progress_bar import BaseProgressBar
+from fairseq.logging.progress_bar import JsonProgressBar, SimpleProgressBar, TqdmProgressBar
 
 from ..progress import Remaining
 from ..units import in_time
@@ -45,14 +45,13 @@ def bars_like(bar: Iterable) -> Callable:
     """Makes bars of the kind of another one, for ``in_bars``.
 
     Args:
-        bar (iterable): what ``fairseq-eval-lm`` goes over; if it is no bar of fairseq's, those that
-            are made show nothing.
+        bar (iterable): what ``fairseq-eval-lm`` goes over; if it shows nothing, as with
+            --log-format none, neither do those that are made.
     """
     options = {"log_interval": bar.log_interval} if hasattr(bar, "log_interval") else {}
+    kind = type(bar) if type(bar) in (JsonProgressBar, SimpleProgressBar, TqdmProgressBar) else None
 
     def make_bar(items: Remaining, prefix: str) -> Iterable:
-        if not isinstance(bar, BaseProgressBar):
-            return items
-        return type(bar)(items, prefix=prefix, **options)
+        return items if kind is None else kind(items, prefix=prefix, **options)
 
     return make_bar
