@@ -150,7 +150,7 @@ def _refuse_beyond(span, size: int, split: str) -> None:
     if span[1] > size:
         raise UserError(
             f"--positions {span[0]}:{span[1]} reaches beyond the end of the split "
-            f"{split!r}, which has {size} target tokens"
+            f"{split!r}, which has {size:,} target tokens"
         )
 
 

@@ -97,7 +97,7 @@ def _refuse_unknown(dictionary, sentences: list, name: str) -> None:
     ids = np.concatenate([sentence.numpy()[:-1] for sentence in sentences])
     if (ids == dictionary.unk()).all():
         raise UserError(
-            f"none of the {len(ids)} words of --input {name} is in the dictionary "
+            f"none of the {len(ids):,} words of --input {name} is in the dictionary "
             "of the data: the text must be tokenised as the training text was (see --tokenizer and "
             "--bpe)"
         )
