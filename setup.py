@@ -48,6 +48,7 @@ setup(
     entry_points={
         "console_scripts": [
             "fairseq-knnlm-build = fairseq_knnlm.cli.build:main",
+            "fairseq-knnlm-eval = fairseq_knnlm.cli.eval:main",
             "fairseq-knnlm-tune = fairseq_knnlm.cli.tune:main",
             "fairseq-knnlm-inspect = fairseq_knnlm.cli.inspect:main",
             "fairseq-knnlm-info = fairseq_knnlm.cli.info:main",

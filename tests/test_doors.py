@@ -15,6 +15,8 @@ PACKAGE = REPOSITORY / "fairseq_knnlm"
 ORDER = [
     "version",
     "errors",
+    "units",
+    "progress",
     "html_page",
     "files",
     "neighbors",
@@ -37,7 +39,7 @@ FLOOR = {room: number for number, room in enumerate(ORDER)}
 # What only some rooms may import.
 DOORS = {
     "fairseq": {"plugin", "hub", "cli"},
-    "fairseq_cli": {"plugin"},
+    "fairseq_cli": {"plugin", "cli"},
     "omegaconf": {"plugin", "hub", "cli"},
     "faiss": {"search"},
     "matplotlib": {"reporting"},

@@ -15,7 +15,7 @@ TEMPLATES = {
     str(path.relative_to(REPOSITORY))
     for path in (REPOSITORY / "fairseq_knnlm").rglob("templates/*")
 }
-COMMANDS = [f"fairseq-knnlm-{name}" for name in ("build", "tune", "inspect", "info")]
+COMMANDS = [f"fairseq-knnlm-{name}" for name in ("build", "tune", "eval", "inspect", "info")]
 
 
 @pytest.fixture(scope="session")

@@ -17,8 +17,6 @@ import os
 import sys
 from pathlib import Path
 
-from report import write_report
-
 HERE = Path(__file__).resolve().parent
 CORES = os.cpu_count()
 # Positions that the largest of the continuous caches looks back on.
@@ -37,13 +35,14 @@ from pipeline import (  # noqa: E402
     read_json,
     training_flags,
 )
+from report import write_report  # noqa: E402
 
 
 def text_files(arguments):
     """The files among the arguments of prepare.py, folders opened."""
     for path in map(Path, arguments):
         if path.is_dir():
-            yield from path.glob("*.txt")
+            yield from filter(Path.is_file, path.iterdir())
         elif path.is_file():
             yield path
 

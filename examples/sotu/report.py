@@ -8,6 +8,7 @@ import matplotlib
 
 matplotlib.use("Agg")  # no screen is needed
 import matplotlib.pyplot as plt  # noqa: E402
+from pipeline import in_time  # noqa: E402
 
 # Okabe and Ito's colours, told apart by colour-blind readers as well; markers tell them in grey.
 BASE, CURVE, BEST = "#000000", "#0072B2", "#D55E00"
@@ -85,9 +86,9 @@ def table(results):
     )
     yield units_in_words(test[BESIDES])
     yield ""
-    yield f"{'step':<44}{'seconds':>12}"
+    yield f"{'step':<44}{'time':>12}"
     for step, duration in results["seconds"].items():
-        yield f"  {step:<42}{duration:>12.0f}"
+        yield f"  {step:<42}{in_time(duration):>12}"
 
 
 def with_interval(change):

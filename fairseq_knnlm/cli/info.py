@@ -8,7 +8,8 @@ from ..datastore.tuned import in_words, read_tuned
 from ..errors import UserError
 from ..files import refuse_unwritable
 from ..plugin.results import description, write_results
-from .command_line import ending_with_text
+from ..units import in_bytes
+from .command_line import USER_DIR, ending_with_text
 
 
 def make_parser():
@@ -16,19 +17,31 @@ def make_parser():
     parser = argparse.ArgumentParser(
         description="Print what a datastore holds and what it was built with."
     )
-    parser.add_argument("datastore", metavar="DIR", help="datastore directory")
+    parser.add_argument("datastore", metavar="DIR", nargs="?", help="datastore directory")
     parser.add_argument(
         "--verify", action="store_true", help="read every byte and compare it with its checksum"
     )
     parser.add_argument(
         "--knn-output", metavar="FILE", help="write what it holds there as well, as JSON"
     )
+    parser.add_argument(
+        "--user-dir",
+        action="store_true",
+        help="print only where this plugin is installed: what fairseq's own commands take as "
+        "--user-dir",
+    )
     return parser
 
 
 def main(argv=None):
     """Entry point of ``fairseq-knnlm-info``."""
-    args = make_parser().parse_args(argv)
+    parser = make_parser()
+    args = parser.parse_args(argv)
+    if args.user_dir:
+        print(USER_DIR)
+        return
+    if args.datastore is None:
+        parser.error("DIR is missing: which datastore?")
     with ending_with_text():
         run(args)
 
@@ -44,6 +57,7 @@ def run(args):
     datastore = Datastore.open(args.datastore)
     print("\n".join(describe(datastore)))
     if args.verify:
+        print("reading every byte ...", flush=True)
         faults = list(datastore.verify())
         for fault in faults:
             print(f"{args.datastore}/{fault}", file=sys.stderr)
@@ -74,7 +88,7 @@ def describe(datastore: Datastore):
     size = sum(entry["size_bytes"] for entry in manifest["files"].values())
     yield f"datastore    {datastore.path}"
     yield f"entries      {len(datastore):,} of {datastore.dimension} dimensions"
-    yield f"size         {size:,} bytes, {size / len(datastore):.0f} an entry"
+    yield f"size         {in_bytes(size)}, {size / len(datastore):,.0f} bytes an entry"
     yield f"key          {key['type']} of layer {key['layer']}, metric {manifest['metric']}"
     yield f"index        {index['factory']} (FAISS {index['faiss_version']})"
     yield (

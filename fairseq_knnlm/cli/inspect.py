@@ -33,7 +33,8 @@ def make_parser():
     parser = make_eval_parser(
         "Print for each token of a passage (--input, or --positions of --gen-subset) its "
         "probability by the language model, by the neighbours and by both, and its nearest "
-        "neighbours with the text around them. Their documents are what empty lines separate.",
+        "neighbours with the text around them. Their documents are what empty lines separate. "
+        "Written to files (--html, --json), only a summary of it is printed.",
         gen_subset="valid",
     )
     parser.add_argument(
@@ -65,7 +66,9 @@ def make_parser():
         help="tokens to show on either side of a neighbour, >= 0 (default: 8)",
     )
     parser.add_argument(
-        "--html", metavar="FILE", help="write one page to read in a browser; it needs no network"
+        "--html",
+        metavar="FILE",
+        help="write one page to read in a browser; it needs no network",
     )
     parser.add_argument("--json", metavar="FILE", help="write the same as JSON")
     return parser
@@ -109,7 +112,7 @@ def run(cfg, args):
         split = None if args.passage else cfg.dataset.gen_subset
         found_with = circumstances(task, in_effect, context_settings(cfg), split)
         write_results(cfg.task.knn_output, {**_results(passage), **found_with})
-    _print(as_text.render(passage, _wants_color(sys.stdout, os.environ)))
+    _print(_lines(passage, [path for path in (args.html, args.json) if path]))
 
 
 # -- what was asked for ------------------------------------------------------------------------
@@ -164,7 +167,7 @@ def _refuse_beyond(span, size: int, split: str) -> None:
     if span[1] > size:
         raise UserError(
             f"--positions {span[0]}:{span[1]} reaches beyond the end of the split "
-            f"{split!r}, which has {size} target tokens"
+            f"{split!r}, which has {size:,} target tokens"
         )
 
 
@@ -250,6 +253,16 @@ def _results(passage: Passage) -> dict:
 
 
 # -- printing ----------------------------------------------------------------------------------
+
+
+def _lines(passage: Passage, files: list[str]) -> Iterator[str]:
+    """What is printed: everything, or where it can be read."""
+    if not files:
+        yield from as_text.render(passage, _wants_color(sys.stdout, os.environ))
+        return
+    yield from as_text.head(passage)
+    for path in files:
+        yield f"written to {path}"
 
 
 def _wants_color(stream, environment) -> bool:

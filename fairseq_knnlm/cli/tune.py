@@ -17,6 +17,7 @@ from ..tuning.choice import METHODS, Chosen, command, measure, refuse_to_replace
 from ..tuning.grid import KNNGridPoint, best, of_larger_units
 from ..tuning.knn_sweep import best_of_each_k, k_at_an_end, sweep, temperature_at_an_end
 from ..tuning.tuning_data import TuningData, beside
+from ..units import in_time
 from .command_line import context_settings, run_command, with_progress
 from .described import describe_run
 from .loading import load_task_and_model
@@ -75,6 +76,7 @@ def run(cfg, args, typed) -> None:
     if task.retriever and not args.no_store:
         store(task.retriever.datastores, tuned_on.settings, chosen, summary)
     if args.report:
+        logger.info("writing the report: tables and figures take up to a minute")
         page = report.write(
             args.report, {**summary, **describe_run(cfg, model)}, points, chosen.cache_grid, data,
             sizes, task.retriever, task.target_dictionary,
@@ -140,7 +142,7 @@ def _tune(
     points = [of_larger_units(point, tokens_per_unit) for point in sweep(data, **grid)]
     chosen = best(points)
     logger.info(
-        f"{len(points)} settings in {time.monotonic() - started:.1f} s; best: k {chosen.k}, "
+        f"{len(points):,} settings in {in_time(time.monotonic() - started)}; best: k {chosen.k:,}, "
         f"lambda {chosen.knn_lambda:g}, temperature {chosen.temperature:g}"
     )
     if temperature_at_an_end(points):

@@ -8,6 +8,7 @@ from typing import NamedTuple, Optional
 import torch
 import torch.nn.functional as F
 
+from ..progress import track
 from .key_extractor import KeyExtractor
 
 # Largest logits tensor, in elements; --softmax-batch can only make it smaller.
@@ -69,7 +70,7 @@ def encode(
         for dtype in (torch.float32, torch.int64)
     )
     keys = None
-    for batch in sample["batches"]:
+    for batch in track("model", sample["batches"], len(sample["batches"])):
         rows, positions = batch["rows"], batch["positions"]
         inputs = batch["src_tokens"]
         features = model(inputs, src_lengths=batch["src_lengths"], features_only=True)[0]

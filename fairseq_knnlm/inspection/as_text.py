@@ -27,7 +27,8 @@ def render(passage: Passage, color: bool = False) -> Iterator[str]:
         str: lines without their ends.
     """
     paint = _paint if color else lambda text, style: text
-    yield from _head(passage)
+    yield from head(passage)
+    yield _LEGEND
     for token in passage.tokens:
         yield ""
         yield from _token(token, paint)
@@ -53,14 +54,15 @@ def _paint(text: str, style: str) -> str:
     return f"\x1b[{_CODES[style]}m{text}\x1b[0m"
 
 
-def _head(passage: Passage) -> Iterator[str]:
+def head(passage: Passage) -> Iterator[str]:
+    """What is above the tokens: how many they are, their perplexity, and the settings."""
     perplexities = passage.perplexities()
-    head = (
+    summary = (
         f"{passage.source}: {len(passage.tokens):,} tokens, perplexity "
         f"{perplexities['lm']:.2f} without neighbours, {perplexities['mixture']:.2f} with"
     )
     settings = ", ".join(f"{name} {value}" for name, value in passage.settings.items())
-    for line in (head, settings, _LEGEND):
+    for line in (summary, settings):
         yield from textwrap.wrap(
             printable(line), _COLUMNS, break_long_words=False, break_on_hyphens=False
         )

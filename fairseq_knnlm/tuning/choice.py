@@ -21,6 +21,7 @@ from ..probability.metrics import perplexity
 from ..probability.mixture import mix
 from ..scoring.settings import Settings, flag_of
 from ..scoring.words import log_probs_of_words
+from ..units import in_time
 from ..version import __version__
 from .cache_sweep import CacheSweep, log_p_cache
 from .grid import CacheGridPoint, KNNGridPoint, best, of_larger_units
@@ -124,8 +125,8 @@ class Chosen(NamedTuple):
         )
         point = chosen.knn_cache or chosen.cache
         logger.info(
-            f"{len(sweep.alone)} caches in {time.monotonic() - started:.1f} s; best: size "
-            f"{point.cache_size}, theta {point.cache_theta:g}, weight {point.cache_lambda:g}"
+            f"{len(sweep.alone)} caches in {in_time(time.monotonic() - started)}; best: size "
+            f"{point.cache_size:,}, theta {point.cache_theta:g}, weight {point.cache_lambda:g}"
             + (f", lambda {point.knn_lambda:g}" if self.knn else "")
         )
         return chosen

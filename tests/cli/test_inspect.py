@@ -22,9 +22,9 @@ K, LAMBDA, TEMPERATURE = 12, 0.3, 4.0
 
 @pytest.fixture
 def look(data, checkpoints, datastores, tmp_path, capsys):
-    """Run the command in this process; gives what it writes as JSON, and what it prints."""
+    """Run the command in this process; gives what it writes as JSON and prints, or the text."""
 
-    def look_at(*flags, name="plain", datastore=None):
+    def look_at(*flags, name="plain", datastore=None, as_text=False):
         written = tmp_path / "inspected.json"
         capsys.readouterr()
         call(
@@ -32,9 +32,10 @@ def look(data, checkpoints, datastores, tmp_path, capsys):
             "--knn-datastore", datastore or datastores[name],
             "--knn-k", K, "--knn-lambda", LAMBDA, "--knn-temperature", TEMPERATURE, "--cpu",
             "--tokens-per-sample", 32, "--num-workers", 0, "--log-format", "none",
-            "--json", written, *flags,
+            *(() if as_text else ("--json", written)), *flags,
         )  # fmt: skip
-        return {**json.loads(written.read_text()), "printed": capsys.readouterr().out}
+        printed = capsys.readouterr().out
+        return printed if as_text else {**json.loads(written.read_text()), "printed": printed}
 
     return look_at
 
@@ -225,7 +226,7 @@ def test_neighbors_of_several_datastores(look, data, checkpoints, datastores, tm
     for neighbor in neighbors:
         value = values[neighbor["datastore"]][neighbor["row"]]
         assert task.target_dictionary[int(value)] == neighbor["token"]
-    assert "datastore 2, document" in result["printed"]
+    assert "datastore 2, document" in look("--positions", "0:10", datastore=both, as_text=True)
 
 
 def test_an_empty_name_is_no_datastore(look, datastores):
@@ -233,7 +234,17 @@ def test_an_empty_name_is_no_datastore(look, datastores):
     alone = look("--positions", "0:10")
     result = look("--positions", "0:10", datastore=f"{datastores['plain']}:")
     assert result["tokens"] == alone["tokens"]
-    assert "datastore 1," not in result["printed"] and "line " in result["printed"]
+    printed = look("--positions", "0:10", datastore=f"{datastores['plain']}:", as_text=True)
+    assert "datastore 1," not in printed and "line " in printed
+
+
+def test_a_summary_is_printed_where_the_rest_is_written(look, tmp_path):
+    result = look("--positions", "0:300", "--html", tmp_path / "page.html")
+    lines = result["printed"].splitlines()
+    assert re.search(r"300 tokens, perplexity [\d.]+ without neighbours, [\d.]+ with", lines[0])
+    written = [line for line in lines if line.startswith("written to ")]
+    assert written == [f"written to {tmp_path / name}" for name in ("page.html", "inspected.json")]
+    assert len(lines) < 10 < 300 < len(look("--positions", "0:300", as_text=True).splitlines())
 
 
 def test_a_datastore_without_the_lines_between_documents(
