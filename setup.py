@@ -23,13 +23,14 @@ setup(
     author="the fairseq_knnlm authors",
     license="MIT",
     packages=find_packages(include=["fairseq_knnlm", "fairseq_knnlm.*"]),
-    package_data={"fairseq_knnlm": ["py.typed"]},
+    package_data={"fairseq_knnlm": ["py.typed", "templates/*", "*/templates/*"]},
     # on 3.8 there is no FAISS that reads an index from mapped memory (see extras_require)
     python_requires=">=3.9",
     install_requires=[
         # fairseq 0.12.2 cannot be imported on Python 3.11: its dataclasses have mutable defaults
         'fairseq==0.12.2; python_version < "3.11"',
         'fairseq-fixed==0.12.3.1; python_version >= "3.11"',
+        "jinja2>=3.0",
         "numpy>=1.21.3",
         "sacremoses>=0.0.53",
         "torch>=1.13",
@@ -47,6 +48,7 @@ setup(
     entry_points={
         "console_scripts": [
             "fairseq-knnlm-build = fairseq_knnlm.cli.build:main",
+            "fairseq-knnlm-eval = fairseq_knnlm.cli.eval:main",
             "fairseq-knnlm-tune = fairseq_knnlm.cli.tune:main",
             "fairseq-knnlm-inspect = fairseq_knnlm.cli.inspect:main",
             "fairseq-knnlm-info = fairseq_knnlm.cli.info:main",

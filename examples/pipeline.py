@@ -3,18 +3,28 @@
 Also the small language model of the examples, its flags, and what stock commands print.
 """
 
+import importlib.util
 import json
 import os
 import re
 import shlex
 import shutil
-import subprocess
 import sys
 import sysconfig
+import textwrap
 import time
 from pathlib import Path
 
+from step_process import FolderLock, running
+
 PLUGIN = Path(__file__).resolve().parents[1] / "fairseq_knnlm"
+
+# Alone: importing the package takes seconds and the memory of PyTorch.
+_spec = importlib.util.spec_from_file_location("units", PLUGIN / "units.py")
+units = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(units)
+in_time = units.in_time
+
 SCRIPT = Path(sys.argv[0]).name
 
 TOKENS_PER_SAMPLE = 256
@@ -32,7 +42,12 @@ PROGRESS = (
     r"|Perplexity"
 )
 LOG_PREFIX = re.compile(r"^([\d-]+ [\d:]+ \| )?INFO( \| |:)[\w.]+( \| |:)")
+# Figures of a line of training that tell nobody how far it is.
+UNTOLD = re.compile(r"(?:,| \|) (?:wpb|bsz|lr|gnorm|clip|train_wall|gb_free|ups)[ =][^\s,]+")
+# What stands before a command in the output of fairseq-knnlm-tune.
+EVALUATE = "evaluate with: "
 LINE_WIDTH = 110
+INDENT = " " * 4
 
 
 class Pipeline:
@@ -43,6 +58,13 @@ class Pipeline:
         self.seconds = {}
         for folder in ("logs", "steps"):
             (work / folder).mkdir(parents=True, exist_ok=True)
+        try:
+            self._lock = FolderLock(work, SCRIPT)
+        except BlockingIOError as error:
+            sys.exit(
+                f"{SCRIPT}: {error} is at work in {display(work)}: wait for it, end it, or name "
+                "another folder with --work"
+            )
 
     def run(self, name, what, command, inputs, outputs, folder=None, show=PROGRESS):
         """Run *command* unless it is done, and return the path of its log.
@@ -65,17 +87,17 @@ class Pipeline:
         done = read_json(record)
         facts = {"command": command, "files": fingerprint([*inputs, *outputs, log])}
         if done and {key: done[key] for key in facts} == facts:
-            print(f"{title}: done already, in {done['seconds']:.0f} s")
+            print(f"{title}: done already, in {in_time(done['seconds'])}")
         else:
             record.unlink(missing_ok=True)
             if folder:
                 shutil.rmtree(folder, ignore_errors=True)
             print(f"\n{title}\n{in_lines(command)}", flush=True)
-            seconds = run_command(command, log, show, self.environment)
+            seconds = run_command(command, log, show, self.environment, self._lock)
             missing = [str(path) for path in outputs if not path.exists()]
             if missing:
                 sys.exit(f"{SCRIPT}: step {name} did not write {', '.join(missing)}; see {log}")
-            print(f"    {seconds:.0f} s", flush=True)
+            print(f"    {in_time(seconds)}", flush=True)
             facts["files"] = fingerprint([*inputs, *outputs, log])
             done = {**facts, "seconds": seconds}
             write_json(record, done)
@@ -83,35 +105,38 @@ class Pipeline:
         return log
 
 
-def run_command(command, log, show, environment):
+def run_command(command, log, show, environment, lock):
     """Run a command with its output in *log*, print the lines that match *show*, return seconds."""
     start = time.monotonic()
-    with (
-        open(log, "w", encoding="utf-8") as file,
-        subprocess.Popen(
-            command,
-            env={**BUSY_MACHINE, **os.environ, **environment, "PYTHONUNBUFFERED": "1"},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            encoding="utf-8",
-            errors="replace",
-        ) as process,
-    ):
-        try:
-            for line in process.stdout:
-                file.write(line)
-                if re.search(show, line):
-                    line = LOG_PREFIX.sub("", line.rstrip())
-                    shown = line if len(line) < LINE_WIDTH else line[: LINE_WIDTH - 3] + "..."
-                    print(f"    {shown}", flush=True)
-        except BaseException:
-            process.terminate()  # also where the interrupt reached this process only
-            raise
+    environment = {**BUSY_MACHINE, **os.environ, **environment, "PYTHONUNBUFFERED": "1"}
+    with open(log, "w", encoding="utf-8") as file, running(command, environment, lock) as process:
+        for line in process.stdout:
+            file.write(line)
+            if re.search(show, line):
+                print(shown(line), flush=True)
     if process.returncode != 0:
         last = log.read_text(encoding="utf-8").splitlines()[-15:]
         print("\n".join(last), file=sys.stderr)
         sys.exit(f"{SCRIPT}: {command[0]} failed with status {process.returncode}; see {log}")
     return time.monotonic() - start
+
+
+def shown(line):
+    """A line of a command's output as it is printed: nothing is cut, long lines are wrapped."""
+    line = UNTOLD.sub("", LOG_PREFIX.sub("", line.rstrip()))
+    what, is_command, command = line.partition(EVALUATE)
+    if is_command:  # to be copied
+        return textwrap.indent(
+            f"{what}{EVALUATE.rstrip()}\n{in_lines(shlex.split(command))}", INDENT
+        )
+    return textwrap.fill(
+        line,
+        LINE_WIDTH,
+        initial_indent=INDENT,
+        subsequent_indent=2 * INDENT,
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
 
 
 def fingerprint(paths):

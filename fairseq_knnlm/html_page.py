@@ -1,65 +1,75 @@
-"""What our HTML pages have in common: each is one file, needs no network and may load nothing."""
+"""HTML pages from the package's templates: each is one file, needs no network and may load nothing.
 
-from html import escape
-
-_STYLE = """
-:root { color-scheme: light; }
-* { box-sizing: border-box; }
-body { margin: 0 auto; max-width: 84rem; padding: 1rem 1.5rem 3rem; background: #fff;
-  color: #1b1b1b; font: 1rem/1.5 system-ui, "Segoe UI", "DejaVu Sans", sans-serif; }
-h1 { font-size: 1.4rem; margin: 0; overflow-wrap: anywhere; }
-h2 { font-size: 1.25rem; margin: 0 0 .5rem; overflow-wrap: anywhere; }
-small { color: #595959; font-weight: normal; }
-header p { margin: .4rem 0; }
-dl { display: flex; flex-wrap: wrap; gap: .2rem 1.5rem; margin: 0 0 .6rem; font-size: .85rem; }
-dl div { display: flex; gap: .4rem; }
-dt { color: #595959; }
-dd { margin: 0; overflow-wrap: anywhere; }
-table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
-th, td { text-align: left; padding: .15rem .6rem .15rem 0; }
-th { font-weight: normal; font-size: .85rem; color: #595959; border-bottom: 1px solid #bbb; }
-@media print {
-  * { print-color-adjust: exact; -webkit-print-color-adjust: exact; }
-  body { padding: 0; max-width: none; font-size: 10pt; }
-}
+Templates are those of Jinja (https://jinja.palletsprojects.com), named by their paths within the
+package. What is data is escaped, a name that the template misspells is an error, and style sheets
+and scripts are files of their own that ``include`` puts into the page.
 """
 
-_PAGE = """<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; \
-style-src 'unsafe-inline'; script-src 'unsafe-inline'">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<link rel="icon" href="data:,">
-<title>{title}</title>
-<style>{style}</style>
-</head>
-<body>
-{body}
-</body>
-</html>
-"""
+import functools
+import math
+from pathlib import Path
+
+import jinja2
+
+# What is shown where there is no number.
+NONE = "\N{EN DASH}"
 
 
-def page(title: str, style: str, body: str) -> str:
+def render_page(template: str, **values) -> str:
     """A page.
 
     Args:
-        title (str): text; it is escaped.
-        style (str): CSS besides that of all pages.
-        body (str): HTML, in which what comes from data is escaped already.
+        template (str): its path within the package, ``inspection/templates/passage.html.j2`` say.
+        values: what the template shows; texts are escaped.
 
     Returns:
         str: the whole file.
     """
-    return _PAGE.format(title=escape(title), style=_STYLE + style, body=body)
+    return environment().get_template(template).render(values)
 
 
-def definitions(facts: dict) -> str:
-    """Names and values, in as many lines as they need, as HTML; both are escaped."""
-    pairs = "".join(
-        f"<div><dt>{escape(name)}</dt><dd>{escape(str(value))}</dd></div>"
-        for name, value in facts.items()
+@functools.cache
+def environment() -> jinja2.Environment:
+    """How all pages are rendered; the filters are the functions of this module."""
+    made = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).resolve().parent),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
     )
-    return f"<dl>{pairs}</dl>"
+    made.filters.update(number=number, percent=percent, factor=factor, probability=probability)
+    made.filters.update(grouped="{:,}".format)
+    return made
+
+
+# -- numbers in words ------------------------------------------------------------------------------
+
+
+def number(value: float, decimals: int = 2, sign: str = "") -> str:
+    """A number in words.
+
+    Args:
+        value (float): may be infinite.
+        decimals (int): digits behind the point.
+        sign (str): ``+`` where positive numbers have one as well.
+    """
+    return f"{value:{sign},.{decimals}f}" if math.isfinite(value) else "infinite"
+
+
+def percent(value: float, decimals: int = 1, sign: str = "") -> str:
+    """A share in percent, see ``number``."""
+    return f"{value:{sign}.{decimals}%}" if math.isfinite(value) else "infinite"
+
+
+def factor(log_ratio: float) -> str:
+    """The ratio of which *log_ratio* is the natural logarithm: ×1.25, ×3.2e+07."""
+    ratio = math.exp(min(log_ratio, 700.0))
+    form = ".2f" if ratio < 10 else ",.0f" if ratio < 1e6 else ".1e"
+    return f"\N{MULTIPLICATION SIGN}{ratio:{form}}"
+
+
+def probability(value: float) -> str:
+    """A probability in three digits; a dash for nan, where there is none."""
+    return NONE if math.isnan(value) else f"{value:.3g}"

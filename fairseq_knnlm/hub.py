@@ -39,7 +39,8 @@ def from_pretrained(
         data_name_or_path (str or Path): directory of ``dict.txt``; beginning with ".", from the
             checkpoint's.
         settings: ``knn_datastore``, ``knn_k``, ``knn_lambda``, ``knn_temperature`` and the other
-            flags by these names; all others, as ``tokenizer="moses"``, are fairseq's.
+            flags by these names; all others, as ``tokenizer="moses", moses_no_escape=True``, are
+            fairseq's.
 
     Returns:
         GeneratorHubInterface: fairseq's. ``score(text)`` gives ``positional_scores`` (natural log)

@@ -14,6 +14,8 @@ import pytest
 import torch
 import yaml
 from fairseq import options
+from fairseq.data.encoders.moses_tokenizer import MosesTokenizerConfig
+from fairseq.dataclass.utils import gen_parser_from_dataclass
 from fairseq.tasks import TASK_DATACLASS_REGISTRY, TASK_REGISTRY
 
 import fairseq_knnlm
@@ -39,8 +41,8 @@ STOCK_COMMANDS = {
     "fairseq-generate": options.get_generation_parser,
     "fairseq-interactive": options.get_interactive_generation_parser,
 }
-# Flags of other programs, pip and ruff, that the documents show.
-FOREIGN_FLAGS = {"--no-build-isolation", "--check"}
+# Flags of other programs, pip and ruff, that the documents show, and what no parser lists.
+FOREIGN_FLAGS = {"--no-build-isolation", "--check", "--help", "--help-all"}
 
 # Not of wildcards such as --knn-*.
 FLAG = r"(?<![\w-])--[a-z0-9]+(?:-[a-z0-9]+)*(?![\w*-])"
@@ -155,8 +157,8 @@ def flags_of(parser):
 @cache
 def own_flags(command):
     """Flags that one of our commands has beside those of ``fairseq-eval-lm`` and of the task."""
-    parser = importlib.import_module(our_commands()[command]).make_parser()
-    return flags_of(parser) - flags_of(options.get_eval_lm_parser())
+    flags = flags_of(importlib.import_module(our_commands()[command]).make_parser())
+    return flags - flags_of(options.get_eval_lm_parser()) if "--path" in flags else flags
 
 
 @cache
@@ -169,6 +171,7 @@ def all_flags(command):
     # fairseq-preprocess has a --task as well, and takes none of its flags
     if "--task" in flags_of(parser) and command != "fairseq-preprocess":
         TASK_REGISTRY["knnlm_lm"].add_args(parser)
+        gen_parser_from_dataclass(parser, MosesTokenizerConfig())  # of --tokenizer moses
     return flags_of(parser)
 
 

@@ -18,6 +18,8 @@ ORDER = [
     "fields",
     "arguments",
     "options",
+    "units",
+    "progress",
     "html_page",
     "files",
     "neighbors",
@@ -40,10 +42,11 @@ FLOOR = {room: number for number, room in enumerate(ORDER)}
 # What only some rooms may import.
 DOORS = {
     "fairseq": {"plugin", "hub", "cli"},
-    "fairseq_cli": {"plugin"},
+    "fairseq_cli": {"plugin", "cli"},
     "omegaconf": {"hub", "cli"},
     "faiss": {"search"},
     "matplotlib": {"reporting"},
+    "jinja2": {"html_page"},
 }
 FILES = sorted(PACKAGE.rglob("*.py"))
 

@@ -23,7 +23,7 @@ import section4_2  # noqa: E402
 import section4_3  # noqa: E402
 import section5  # noqa: E402
 import section6  # noqa: E402
-from pipeline import Pipeline, display, in_lines  # noqa: E402
+from pipeline import Pipeline, display, in_lines, in_time  # noqa: E402
 from recipe import Lab  # noqa: E402
 from scales import SCALES  # noqa: E402
 
@@ -77,7 +77,7 @@ def run(work, scale, sections):
     for section in sections:
         section.steps(lab)
     path = report.write(work, scale.name, [section.results(lab) for section in sections])
-    print(f"\n{sum(pipeline.seconds.values()) / 60:.0f} minutes of work: {display(path)}")
+    print(f"\n{in_time(sum(pipeline.seconds.values()))} of work: {display(path)}")
 
 
 def parse_args():

@@ -5,8 +5,9 @@
     python examples/sotu/demo.py --work DIR --input my-texts/           # your own text
 
 Everything is written to the folder --work: text, data, checkpoint, datastore, the full output of
-every command (logs/), and at the end results.json and perplexity.png. Started again, it goes on
-with the first step that has not finished, or whose command, inputs or outputs have changed since.
+every command (logs/), two pages to open in a browser, and at the end results.json and
+perplexity.png. Started again, it goes on with the first step that has not finished, or whose
+command, inputs or outputs have changed since.
 
 The sizes are those of a demonstration: two CPU cores, ten minutes.
 """
@@ -16,12 +17,12 @@ import os
 import sys
 from pathlib import Path
 
-from report import write_report
-
 HERE = Path(__file__).resolve().parent
 CORES = os.cpu_count()
 # Positions that the largest of the continuous caches looks back on.
 CACHE_SIZE = 4000
+# Of the passage whose memories are shown.
+PASSAGE_TOKENS = 400
 
 sys.path.insert(0, str(HERE.parent))  # no package: --user-dir would shadow fairseq's own examples
 from pipeline import (  # noqa: E402
@@ -34,13 +35,14 @@ from pipeline import (  # noqa: E402
     read_json,
     training_flags,
 )
+from report import write_report  # noqa: E402
 
 
 def text_files(arguments):
     """The files among the arguments of prepare.py, folders opened."""
     for path in map(Path, arguments):
         if path.is_dir():
-            yield from path.glob("*.txt")
+            yield from filter(Path.is_file, path.iterdir())
         elif path.is_file():
             yield path
 
@@ -50,16 +52,21 @@ def run_pipeline(work, prepare_arguments, max_update):
 
     Returns:
         tuple: what ``fairseq-knnlm-tune`` wrote; tokens and perplexity of each evaluation; seconds
-        of each step.
+        of each step; pages to look at.
     """
-    pipeline = Pipeline(work, steps=8)
-    data, checkpoint = make_model(pipeline, prepare_arguments, max_update)
-    datastore, tuned = work / "datastore", work / "tune.json"
-    dictionary = data / "dict.txt"
-    binaries = {
-        split: [data / f"{split}.bin", data / f"{split}.idx"]
-        for split in ("train", "valid", "test")
-    }
+    pipeline = Pipeline(work, steps=9)
+    model = make_model(pipeline, prepare_arguments, max_update)
+    datastore = build_datastore(pipeline, *model)
+    tuned, report = tune(pipeline, *model, datastore)
+    found = evaluate(pipeline, *model, datastore, tuned)
+    passage = inspect(pipeline, *model, datastore, tuned)
+    pages = {"report": report, "a passage and its memories": passage}
+    return read_json(tuned), found, pipeline.seconds, pages
+
+
+def build_datastore(pipeline, data, checkpoint):
+    """The datastore of train; gives its path."""
+    datastore = pipeline.work / "datastore"
     pipeline.run(
         "build",
         "one key and value for every training token, and the index (2 minutes)",
@@ -67,12 +74,19 @@ def run_pipeline(work, prepare_arguments, max_update):
             *(program("fairseq-knnlm-build"), data, "--knn-datastore", datastore),
             *evaluation_flags("train", checkpoint),
         ],
-        inputs=[dictionary, *binaries["train"], checkpoint],
+        inputs=[data / "dict.txt", *split_files(data)["train"], checkpoint],
         outputs=[
             datastore / name for name in ("manifest.json", "keys.npy", "values.npy", "index.faiss")
         ],
         folder=datastore,
     )
+    return datastore
+
+
+def tune(pipeline, data, checkpoint, datastore):
+    """What is best on valid and its report on test; gives the paths of both."""
+    tuned, report = pipeline.work / "tune.json", pipeline.work / "report" / "report.html"
+    binaries = split_files(data)
     pipeline.run(
         "tune",
         "neighbours and a continuous cache on valid, reported on test (2 minutes)",
@@ -80,23 +94,34 @@ def run_pipeline(work, prepare_arguments, max_update):
             *(program("fairseq-knnlm-tune"), data, "--knn-datastore", datastore),
             *evaluation_flags("valid", checkpoint),
             *("--knn-cache-size", CACHE_SIZE, "--report-subset", "test", "--knn-output", tuned),
+            *("--report", report.parent),
         ],
         inputs=[
-            *(dictionary, *binaries["valid"], *binaries["test"]),
+            *(data / "dict.txt", *binaries["valid"], *binaries["test"]),
             *(checkpoint, datastore / "manifest.json"),
         ],
-        outputs=[tuned],
+        outputs=[tuned, report],
     )
+    return tuned, report
+
+
+def tuned_neighbors(tuned):
+    """Flags of the best setting of neighbours alone."""
     best = read_json(tuned)["best"]
-    plugin = ["--user-dir", PLUGIN, "--task", "knnlm_lm", "--knn-datastore", datastore]
-    neighbors = [
+    return [
         *("--knn-k", best["k"], "--knn-lambda", f"{best['knn_lambda']:.4f}"),
         *("--knn-temperature", f"{best['temperature']:.6g}"),
     ]
+
+
+def evaluate(pipeline, data, checkpoint, datastore, tuned):
+    """Perplexity on test; gives tokens and perplexity of each method."""
+    plugin = ["--user-dir", PLUGIN, "--task", "knnlm_lm", "--knn-datastore", datastore]
+    neighbors = [*plugin, *tuned_neighbors(tuned)]
     found = {}
     for name, what, flags in (
         ("base", "the language model alone", []),
-        ("knn", "with neighbours, as tuned on valid (a minute)", [*plugin, *neighbors]),
+        ("knn", "with neighbours, as tuned on valid (a minute)", neighbors),
         ("knn_cache", "with neighbours and a cache, as tuned (a minute)", [*plugin, "--knn-tuned"]),
     ):
         log = pipeline.run(
@@ -104,13 +129,34 @@ def run_pipeline(work, prepare_arguments, max_update):
             f"perplexity on test: {what}",
             [program("fairseq-eval-lm"), data, *evaluation_flags("test", checkpoint), *flags],
             inputs=[
-                *(dictionary, *binaries["test"], checkpoint),
+                *(data / "dict.txt", *split_files(data)["test"], checkpoint),
                 *([datastore / "manifest.json", tuned] if flags else []),
             ],
             outputs=[],
         )
         found[name] = evaluated(log)
-    return read_json(tuned), found, pipeline.seconds
+    return found
+
+
+def inspect(pipeline, data, checkpoint, datastore, tuned):
+    """The memories behind the first tokens of test; gives the path of the page."""
+    passage = pipeline.work / "passage.html"
+    tokens = min(PASSAGE_TOKENS, read_json(tuned)["reported_on"]["tokens"])
+    pipeline.run(
+        "inspect",
+        "which memories spoke, for each token of a passage of test",
+        [
+            *(program("fairseq-knnlm-inspect"), data, "--knn-datastore", datastore),
+            *(*tuned_neighbors(tuned), *evaluation_flags("test", checkpoint)),
+            *("--positions", f"0:{tokens}", "--html", passage),
+        ],
+        inputs=[
+            *(data / "dict.txt", *split_files(data)["test"], checkpoint),
+            *(datastore / "manifest.json", tuned),
+        ],
+        outputs=[passage],
+    )
+    return passage
 
 
 def split_files(data):

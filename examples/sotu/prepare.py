@@ -29,6 +29,8 @@ UNKNOWN = "<unk>"
 # whole span of an ordered corpus, and are the same on every machine.
 DOCUMENTS_A_ROUND = 20
 VALID_TURN, TEST_TURN = 9, 19
+# So many files of a folder are named one by one.
+NAMED_FILES = 20
 
 
 @dataclass
@@ -52,17 +54,39 @@ def sotu_documents():
 
 
 def file_documents(paths):
-    """One document for every file of *paths*, where a folder stands for the *.txt files in it."""
+    """One document for every file of *paths*, where a folder stands for the texts in it."""
     files = []
     for path in map(Path, paths):
-        if path.is_dir():
-            inside = sorted(path.glob("*.txt"))
-            if not inside:
-                raise FileNotFoundError(f"no *.txt file in the folder {path}")
-            files += inside
-        else:
-            files.append(path)
+        files += files_of_folder(path) if path.is_dir() else [path]
     return [make_document(path.stem, read_text(path)) for path in files]
+
+
+def files_of_folder(folder):
+    """The files of text in a folder, whatever their names, in the order of these; says which."""
+    inside = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
+    files = [path for path in inside if path.is_file()]
+    texts = [path for path in files if not is_binary(path)]
+    if not texts:
+        raise FileNotFoundError(f"no file of text in the folder {folder}")
+    print(f"{folder}: {len(texts):,} file(s) of text: {which(texts)}")
+    left_out = [path for path in inside if path not in texts]
+    if left_out:
+        print(f"{folder}: left out, being no text: {which(left_out)}")
+    return texts
+
+
+def is_binary(path):
+    """Whether a file is no text: it has zero bytes, which no text in UTF-8 has."""
+    with open(path, "rb") as file:
+        return b"\0" in file.read(1 << 16)
+
+
+def which(paths):
+    """Names of files, and of folders with a slash behind; of many, how many of each kind."""
+    if len(paths) <= NAMED_FILES:
+        return ", ".join(path.name + "/" * path.is_dir() for path in paths)
+    kinds = Counter(f"*{path.suffix}" if path.suffix else "without a suffix" for path in paths)
+    return ", ".join(f"{count:,} {kind}" for kind, count in kinds.most_common())
 
 
 def read_text(path):
@@ -203,7 +227,7 @@ def parse_args():
         "--input",
         nargs="+",
         metavar="PATH",
-        help="your own UTF-8 text: files, one a document, or folders of *.txt (default: sotu)",
+        help="your own UTF-8 text: files, one a document, or folders of them (default: sotu)",
     )
     parser.add_argument(
         "--valid",

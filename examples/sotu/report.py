@@ -8,6 +8,7 @@ import matplotlib
 
 matplotlib.use("Agg")  # no screen is needed
 import matplotlib.pyplot as plt  # noqa: E402
+from pipeline import in_time  # noqa: E402
 
 # Okabe and Ito's colours, told apart by colour-blind readers as well; markers tell them in grey.
 BASE, CURVE, BEST = "#000000", "#0072B2", "#D55E00"
@@ -22,7 +23,7 @@ METHODS = (
 BESIDES = "knn_cache_change_from_knn"
 
 
-def write_report(work, tuned, evaluated, seconds):
+def write_report(work, tuned, evaluated, seconds, pages):
     """Print the table; write results.json and perplexity.png to the folder *work*.
 
     Args:
@@ -30,6 +31,7 @@ def write_report(work, tuned, evaluated, seconds):
         tuned (dict): what ``fairseq-knnlm-tune`` wrote.
         evaluated (dict): tokens and perplexity on test that ``fairseq-eval-lm`` gave, by method.
         seconds (dict): duration of every step.
+        pages (dict of Path): what there is to open in a browser, by what it is.
     """
     results = collect(tuned, evaluated, seconds)
     with open(work / "results.json", "w", encoding="utf-8") as file:
@@ -39,6 +41,8 @@ def write_report(work, tuned, evaluated, seconds):
     print("\n".join(["", *table(results), ""]))
     shown = Path(os.path.relpath(work))
     print(f"The same: {shown / 'results.json'}; the plot: {shown / 'perplexity.png'}")
+    for what, page in pages.items():
+        print(f"{what}: {page.resolve().as_uri()}")
 
 
 def collect(tuned, evaluated, seconds):
@@ -82,51 +86,87 @@ def table(results):
     )
     yield units_in_words(test[BESIDES])
     yield ""
-    yield f"{'step':<44}{'seconds':>12}"
+    yield f"{'step':<44}{'time':>12}"
     for step, duration in results["seconds"].items():
-        yield f"  {step:<42}{duration:>12.0f}"
+        yield f"  {step:<42}{in_time(duration):>12}"
 
 
 def with_interval(change):
     """A relative change of perplexity on test and its 95% interval; nothing for None."""
     if change is None:
         return ""
-    if change["low"] is None:
-        return f"{change['value']:>9.1%}  none"
-    return f"{change['value']:>9.1%}  {change['low']:.1%} to {change['high']:.1%}"
+    bounds = bounds_of(change)
+    words = "none" if bounds is None else "{:.1%} to {:.1%}".format(*bounds)
+    return f"{change['value']:>9.1%}  {words}"
 
 
 def units_in_words(change):
     """What an interval is of, or is not for want of."""
     units = f"{change['units']:,} {change['unit']} of test"
-    if change["low"] is None:
+    if bounds_of(change) is None:
         return f"intervals: none, {units} are too few"
     return f"intervals: paired bootstrap over {units}"
 
 
 def plot(tuned, path):
-    """Perplexity on the tuned split against k and against the temperature, all else at its best."""
-    split, base = tuned["tuned_on"]["split"], tuned["tuned_on"]["base_perplexity"]
-    figure, axes = plt.subplots(1, 2, figsize=(10, 4), sharey=True, constrained_layout=True)
-    panels = (
-        ("k", "number of neighbours k", "temperature and lambda at their best for each k"),
-        ("temperature", "temperature T", "k and lambda at their best for each T"),
-    )
-    for axis, (name, label, title) in zip(axes, panels):
-        curve = lowest_perplexities(tuned["grid"], name)
-        axis.axhline(base, color=BASE, linestyle="--", label="language model alone")
-        axis.plot(*zip(*curve), "o-", color=CURVE, label="with neighbours")
-        best = tuned["best"][name], tuned["best"]["perplexity"]
-        axis.plot(*best, "D", color=BEST, markersize=9, label=f"best: {best[0]:.4g}")
-        axis.set_xscale("log", base=2 if name == "k" else 10)
-        axis.xaxis.set_major_formatter("{x:.4g}")
-        axis.set_xlabel(label)
-        axis.set_title(title, fontsize="medium")
-        axis.grid(alpha=0.3)
-        axis.legend()
-    axes[0].set_ylabel(f"perplexity on {split} (lower is better)")
-    figure.savefig(path, dpi=150)
+    """Perplexity on test of every method, and on valid against k."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.6), constrained_layout=True)
+    plot_methods(left, tuned["reported_on"])
+    plot_k(right, tuned)
+    figure.savefig(path, dpi=200)
     plt.close(figure)
+
+
+def plot_methods(axes, test):
+    """One line a method, named beside the axis, and the interval of its change from the model."""
+    base = test["base_perplexity"]
+    for place, (name, change, _) in enumerate(METHODS):
+        perplexity, marker = test[f"{name}_perplexity"], "s" if name == "base" else "o"
+        bounds = bounds_of(test.get(change))
+        if bounds:
+            axes.plot([base * (1 + bound) for bound in bounds], [place] * 2, color=CURVE)
+        axes.plot(perplexity, place, marker, color=BASE if name == "base" else CURVE)
+        axes.annotate(
+            f"{perplexity:.2f}", (perplexity, place), xytext=(0, 7), textcoords="offset points",
+            ha="center", fontsize="small",
+            bbox={"facecolor": "white", "edgecolor": "none", "pad": 1},
+        )  # fmt: skip
+    axes.axvline(base, color=BASE, linestyle=":", linewidth=1)
+    axes.set_yticks(range(len(METHODS)), [words for _, _, words in METHODS])
+    axes.set_ylim(len(METHODS) - 0.5, -0.7)
+    axes.margins(x=0.12)
+    axes.grid(axis="x", alpha=0.3)
+    axes.set_xlabel(f"perplexity on {test['split']} (lower is better)")
+    axes.set_title(f"95% {units_in_words(test[BESIDES])}", fontsize="medium")
+
+
+def plot_k(axes, tuned):
+    """Perplexity on the tuned split against k, temperature and lambda at their best for each."""
+    split, base = tuned["tuned_on"]["split"], tuned["tuned_on"]["base_perplexity"]
+    curve = lowest_perplexities(tuned["grid"], "k")
+    ks = [k for k, _ in curve]
+    axes.axhline(base, color=BASE, linestyle=":", linewidth=1)
+    axes.annotate(
+        "language model", (ks[-1], base), xytext=(0, -4), textcoords="offset points",
+        ha="right", va="top", fontsize="small",
+    )  # fmt: skip
+    axes.plot(*zip(*curve), "o-", color=CURVE)
+    best = tuned["best"]
+    axes.plot(best["k"], best["perplexity"], "D", color=BEST, markersize=9)
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(ks, ks, fontsize="small")
+    axes.minorticks_off()
+    axes.set_xlabel("number of neighbours k")
+    axes.set_ylabel(f"perplexity on {split}")
+    axes.set_title("best T and lambda for each k; diamond: chosen", fontsize="medium")
+    axes.grid(alpha=0.3)
+
+
+def bounds_of(change):
+    """The interval of a change; None where there is none."""
+    if change is None or change["low"] is None:
+        return None
+    return change["low"], change["high"]
 
 
 def lowest_perplexities(grid, name):

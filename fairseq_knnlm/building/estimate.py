@@ -15,6 +15,7 @@ import numpy as np
 from ..datastore.journal import INDEX_WORK
 from ..datastore.layout import INDEX, KEY_DTYPE, KEYS, VALUES, npy_header
 from ..search.index_cost import estimate_cost
+from ..units import in_bytes, in_time
 
 
 class Trial(NamedTuple):
@@ -100,20 +101,20 @@ def table(
     process, dump = resident_bytes(), peak_bytes()
     index = process + max(costs.training, costs.building)
     measured = f"measured on {trial.tokens:,} tokens" if trial else "without a model"
-    rows = [("disk", "bytes", "")]
+    rows = [("disk", "", "")]
     rows += [(f"  {name}", size, "") for name, size in costs.disk.items()]
-    rows += [("  together", costs.disk_bytes, f"{free:,} can be had")]
-    rows += [("memory", "bytes", "")]
+    rows += [("  together", costs.disk_bytes, f"{in_bytes(free)} can be had")]
+    rows += [("memory", "", "")]
     rows += [("  dump", dump, measured)]
     rows += [("  training the index", process + costs.training, "")]
     rows += [("  building the index", process + costs.building, "")]
-    rows += [("  together, about", max(dump, index), f"of {machine_bytes():,}")]
+    rows += [("  together, about", max(dump, index), f"of {in_bytes(machine_bytes())}")]
     evaluation = process + costs.loaded + neighbors_bytes
     rows += [("  evaluation, k 1024", evaluation, "exact: keys.npy, mapped, on top if it fits")]
     if trial:
-        hours = count / trial.tokens_per_s / 3600
+        seconds = count / trial.tokens_per_s
         speed = f"{trial.tokens_per_s:,.0f} tokens/s on one process, {measured}"
-        rows += [("time of the dump", f"{hours:,.2f} hours", speed)]
+        rows += [("time of the dump", in_time(seconds), speed)]
         if trial.device_bytes:
             rows += [("memory of the GPU", trial.device_bytes, measured)]
     return "\n".join(map(_line, rows))
@@ -121,5 +122,5 @@ def table(
 
 def _line(row) -> str:
     name, value, note = row
-    value = f"{value:,}" if isinstance(value, int) else value
-    return f"{name:<22}{value:>20}  {note}".rstrip()
+    value = in_bytes(value) if isinstance(value, int) else value
+    return f"{name:<22}{value:>12}  {note}".rstrip()

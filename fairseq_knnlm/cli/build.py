@@ -1,6 +1,8 @@
 """``fairseq-knnlm-build``: one pass over the training text, then the index."""
 
+import argparse
 import logging
+import math
 import os
 import time
 
@@ -59,10 +61,24 @@ def make_parser():
     for name, what in (("--entries", "tokens of the text"), ("--dimension", "numbers of a key")):
         parser.add_argument(
             name,
-            type=int,
+            type=_whole_number,
+            metavar="N",
             help=f"for --estimate before text and checkpoint are there: {what}; both are needed",
         )
     return parser
+
+
+def _whole_number(text: str) -> int:
+    """A whole number as people write large ones: 100000000, 100,000,000 or 1e8."""
+    try:
+        number = float(text.replace(",", ""))
+    except ValueError:
+        number = math.nan
+    if not number.is_integer():
+        raise argparse.ArgumentTypeError(
+            f"expected a whole number, such as 100000000 or 1e8, got {text!r}"
+        )
+    return int(number)
 
 
 def main(argv=None):

@@ -1,6 +1,7 @@
 """What the commands share: the flags of ``fairseq-eval-lm``, logging, and how a command ends."""
 
 import contextlib
+import functools
 import logging
 import os
 import sys
@@ -13,9 +14,15 @@ from fairseq.logging import progress_bar
 import fairseq_knnlm
 
 from ..errors import UserError
+from ..plugin.bars import in_bars
 from ..plugin.commands import closing_text
 from ..plugin.config import datastore_paths
-from ..plugin.task import KNNLMTask
+from ..progress import shown_by
+from .help import asked_for, help_text
+from .noise import silence
+
+# What --user-dir takes. A module of the same name from another folder would be refused.
+USER_DIR = os.path.dirname(os.path.abspath(fairseq_knnlm.__file__))
 
 
 def configure_logging() -> None:
@@ -53,7 +60,7 @@ def make_eval_parser(description: str, gen_subset: str):
     """
     parser = options.get_eval_lm_parser(default_task="knnlm_lm")
     parser.description = description
-    parser.set_defaults(gen_subset=gen_subset, user_dir=os.path.dirname(fairseq_knnlm.__file__))
+    parser.set_defaults(gen_subset=gen_subset, user_dir=USER_DIR)
     return parser
 
 
@@ -69,11 +76,15 @@ def run_command(parser, main: Callable, argv: Optional[list[str]] = None) -> Non
     Raises:
         SystemExit: with the text of a ``UserError``.
     """
+    typed = sys.argv[1:] if argv is None else argv
+    if asked_for(typed):
+        print(help_text(parser, typed), end="")
+        return
     configure_logging()
-    if {"-h", "--help"} & set(sys.argv[1:] if argv is None else argv):
-        KNNLMTask.add_args(parser)  # fairseq adds them too late for --help
+    silence()
     with ending_with_text():
         args = options.parse_args_and_arch(parser, input_args=argv)
+        main = functools.partial(_run, main=main)
         distributed_utils.call_main(convert_namespace_to_omegaconf(args), main, args=args)
 
 
@@ -109,6 +120,13 @@ class Outputs:
         """
         if self._faults:
             raise UserError("; ".join(self._faults))
+
+
+def _run(cfg, main: Callable, args) -> None:
+    """Run a command in this process, one of those that fairseq starts maybe."""
+    silence()
+    with shown_by(in_bars(functools.partial(_progress_bar, cfg))):
+        main(cfg, args=args)
 
 
 def require_datastore(cfg) -> list[str]:
@@ -152,11 +170,16 @@ def with_progress(cfg, iterator, prefix: str):
         no other.
     """
     master = distributed_utils.is_master(cfg.distributed_training)
+    logdir = cfg.common.tensorboard_logdir if master else None
+    return _progress_bar(cfg, iterator, prefix, tensorboard_logdir=logdir)
+
+
+def _progress_bar(cfg, iterator, prefix: str, **options):
     return progress_bar.progress_bar(
         iterator,
         log_format=cfg.common.log_format,
         log_interval=cfg.common.log_interval,
         prefix=prefix,
-        tensorboard_logdir=cfg.common.tensorboard_logdir if master else None,
         default_log_format="simple" if cfg.common.no_progress_bar else "tqdm",
+        **options,
     )

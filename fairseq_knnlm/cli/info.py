@@ -11,7 +11,8 @@ from ..errors import UserError
 from ..files import refuse_unwritable
 from ..plugin.results import description, write_results
 from ..scoring.tuned_settings import settings_of_tuned
-from .command_line import ending_with_text
+from ..units import in_bytes
+from .command_line import USER_DIR, ending_with_text
 
 
 def make_parser():
@@ -19,19 +20,31 @@ def make_parser():
     parser = argparse.ArgumentParser(
         description="Print what a datastore holds and what it was built with."
     )
-    parser.add_argument("datastore", metavar="DIR", help="datastore directory")
+    parser.add_argument("datastore", metavar="DIR", nargs="?", help="datastore directory")
     parser.add_argument(
         "--verify", action="store_true", help="read every byte and compare it with its checksum"
     )
     parser.add_argument(
         "--knn-output", metavar="FILE", help="write what it holds there as well, as JSON"
     )
+    parser.add_argument(
+        "--user-dir",
+        action="store_true",
+        help="print only where this plugin is installed: what fairseq's own commands take as "
+        "--user-dir",
+    )
     return parser
 
 
 def main(argv=None):
     """Entry point of ``fairseq-knnlm-info``."""
-    args = make_parser().parse_args(argv)
+    parser = make_parser()
+    args = parser.parse_args(argv)
+    if args.user_dir:
+        print(USER_DIR)
+        return
+    if args.datastore is None:
+        parser.error("DIR is missing: which datastore?")
     with ending_with_text():
         run(args)
 
@@ -54,6 +67,7 @@ def run(args):
         print("tuned        what is stored cannot be used")
         faults.append(str(error))
     if args.verify:
+        print("reading every byte ...", flush=True)
         damage = list(damages(datastore))
         for line in damage:
             print(f"{args.datastore}/{line}", file=sys.stderr)
@@ -100,7 +114,7 @@ def describe(datastore: Datastore) -> Iterator[str]:
     index, size = manifest["index"], sum(each["size_bytes"] for each in manifest["files"].values())
     yield f"datastore    {datastore.path}"
     yield f"entries      {len(datastore):,} of {datastore.dimension} dimensions"
-    yield f"size         {size:,} bytes, {size / max(len(datastore), 1):.0f} an entry"
+    yield f"size         {in_bytes(size)}, {size / max(len(datastore), 1):,.0f} bytes an entry"
     if "key" in manifest:
         key = manifest["key"]
         yield f"key          {key['type']} of layer {key['layer']}, metric {index['metric']}"

@@ -14,7 +14,7 @@ from ..encoding.samples import only_rows, to_device
 from ..errors import UserError
 from ..files import refuse_unwritable, write_atomically, write_json
 from ..inspection import as_html, as_text
-from ..inspection.tokens import Inspector, Passage, Token
+from ..inspection.tokens import GUESSES, Inspector, Passage, Token
 from ..plugin.results import circumstances, write_results
 from ..scoring.settings import Settings
 from .command_line import (
@@ -34,7 +34,8 @@ def make_parser():
     parser = make_eval_parser(
         "Print for each token of a passage (--input, or --positions of --gen-subset) its "
         "probability by the language model, by the neighbours and by both, and its nearest "
-        "neighbours with the text around them. Their documents are what empty lines separate.",
+        "neighbours with the text around them. Their documents are what empty lines separate. "
+        "Written to files (--html, --json), only a summary of it is printed.",
         gen_subset="valid",
     )
     parser.add_argument(
@@ -66,7 +67,9 @@ def make_parser():
         help="tokens to show on either side of a neighbour, >= 0 (default: 8)",
     )
     parser.add_argument(
-        "--html", metavar="FILE", help="write one page to read in a browser; it needs no network"
+        "--html",
+        metavar="FILE",
+        help="write one page to read in a browser; it needs no network",
     )
     parser.add_argument("--json", metavar="FILE", help="write the same as JSON")
     return parser
@@ -107,7 +110,7 @@ def run(cfg, args):
     )
     outputs = Outputs()
     with outputs.writing("to standard output"):
-        _print(as_text.render(passage, _wants_color(sys.stdout, os.environ)))
+        _print(_lines(passage, [path for path in (args.html, args.json) if path]))
     if args.html:
         with outputs.writing(f"--html {args.html}"):
             write_atomically(args.html, as_html.render(passage).encode())
@@ -174,7 +177,7 @@ def _refuse_beyond(span, size: int, split: str) -> None:
     if span[1] > size:
         raise UserError(
             f"--positions {span[0]}:{span[1]} reaches beyond the end of the split "
-            f"{split!r}, which has {size} target tokens"
+            f"{split!r}, which has {size:,} target tokens"
         )
 
 
@@ -208,13 +211,16 @@ def _look(
     tokens = []
     with extractor_of(model, retriever.key) as extractor:
         for first, sample in _samples(cfg, task, model, dataset, *span):
-            encoded = encode(model, sample, extractor, softmax_batch=cfg.eval_lm.softmax_batch)
+            encoded = encode(
+                model, sample, extractor, softmax_batch=cfg.eval_lm.softmax_batch, top=GUESSES
+            )
             refuse_not_finite(encoded)
             neighbors = retriever.search(encoded.keys)
             written = words[first : first + sample["ntokens"]] if words else None
             tokens += inspector.tokens(
-                first, sample["target"], encoded.log_p_lm, neighbors, written
-            )
+                first, sample["target"], encoded.log_p_lm, neighbors, written,
+                lm_top=(encoded.top_log_p_lm, encoded.top_ids),
+            )  # fmt: skip
     return tokens
 
 
@@ -258,6 +264,16 @@ def _results(passage: Passage) -> dict:
 
 
 # -- printing ----------------------------------------------------------------------------------
+
+
+def _lines(passage: Passage, files: list[str]) -> Iterator[str]:
+    """What is printed: everything, or where it can be read."""
+    if not files:
+        yield from as_text.render(passage, _wants_color(sys.stdout, os.environ))
+        return
+    yield from as_text.head(passage)
+    for path in files:
+        yield f"written to {path}"
 
 
 def _wants_color(stream, environment) -> bool:

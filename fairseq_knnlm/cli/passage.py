@@ -14,6 +14,7 @@ from omegaconf import OmegaConf
 
 from ..errors import UserError
 from ..plugin.compat import numpy_compat
+from ..plugin.unknown_words import warn_of_unknown_words
 
 # Name of the split that a text becomes.
 _SPLIT = "passage"
@@ -68,6 +69,7 @@ def loaded_text(task, lines: list[str], name: str, split_words=tokenize_line):
         for words in sentences
     ]
     _refuse_unknown(dictionary, ids, name)
+    warn_of_unknown_words(dictionary, ids, [word for words in sentences for word in words])
     with tempfile.TemporaryDirectory() as folder:
         builder = indexed_dataset.make_builder(
             os.path.join(folder, f"{_SPLIT}.bin"), "mmap", len(dictionary)
@@ -95,7 +97,7 @@ def _refuse_unknown(dictionary, sentences: list, name: str) -> None:
     ids = np.concatenate([sentence.numpy()[:-1] for sentence in sentences])
     if (ids == dictionary.unk()).all():
         raise UserError(
-            f"none of the {len(ids)} words of --input {name} is in the dictionary "
+            f"none of the {len(ids):,} words of --input {name} is in the dictionary "
             "of the data: the text must be tokenised as the training text was (see --tokenizer and "
             "--bpe)"
         )

@@ -17,7 +17,9 @@ from ..tuning.choice import METHODS, Chosen, command, measure, refuse_to_replace
 from ..tuning.grid import KNNGridPoint, best, of_larger_units
 from ..tuning.knn_sweep import best_of_each_k, k_at_an_end, sweep, temperature_at_an_end
 from ..tuning.tuning_data import TuningData, beside
+from ..units import in_time
 from .command_line import Outputs, context_settings, run_command, with_progress
+from .described import describe_run
 from .loading import Loaded, load_task_and_model
 from .split_data import SplitData
 from .tune_flags import cache_grid, knn_grid, make_parser, refuse_flags, refuse_same_text
@@ -48,7 +50,7 @@ def run(cfg, args, typed) -> None:
     """
     refuse_flags(cfg, args)
     knn, cache = knn_grid(cfg, args), cache_grid(cfg, args)
-    task, tuned_on, reported_on = _prepare(cfg, args)
+    task, model, tuned_on, reported_on = _prepare(cfg, args)
     outputs = Outputs()
     data = tuned_on.obtain(outputs)
     starts = tuned_on.word_starts(data)
@@ -75,15 +77,15 @@ def run(cfg, args, typed) -> None:
         with outputs.writing(f"what was tuned into {task.retriever.datastores[0].path}"):
             store(task.retriever.datastores, tuned_on.settings, chosen, summary)
     if cfg.task.knn_output is not None:
-        grid = [point._asdict() for point in points]
         with outputs.writing(f"--knn-output {cfg.task.knn_output}"):
-            results = {**_results(cfg, task, chosen, summary), **summary, "grid": grid}
-            write_results(cfg.task.knn_output, results)
+            write_results(cfg.task.knn_output, _results(cfg, task, chosen, summary, points))
     if args.report:
+        logger.info("writing the report: tables and figures take up to a minute")
         with outputs.writing(f"--report {args.report}"):
             page = report.write(
-                args.report, summary, points, data, sizes, task.retriever, task.target_dictionary
-            )
+                args.report, {**summary, **describe_run(cfg, model)}, points, chosen.cache_grid,
+                data, sizes, task.retriever, task.target_dictionary,
+            )  # fmt: skip
             logger.info(f"report written to {page}")
     logger.info(f"evaluate with: {summary['command']}")
     logger.info(json.dumps(without_infinities(summary)))
@@ -94,7 +96,7 @@ def _prepare(cfg, args):
     """Load everything, and refuse what cannot be, before any work.
 
     Returns:
-        tuple: the task, what is tuned on and what is reported on, see ``_splits``.
+        tuple: task, model, what is tuned on and what is reported on, see ``_splits``.
     """
     if cfg.task.knn_temperature in (None, AUTO):
         # The grid has temperatures of its own, so a datastore that records none can be tuned.
@@ -106,11 +108,11 @@ def _prepare(cfg, args):
     tuned_on, reported_on = _splits(cfg, args, loaded)
     if task.retriever and not (args.no_store or args.overwrite):
         refuse_to_replace(datastore_paths(cfg.task), tuned_on.settings["data"], tuned_on.tokens)
-    return task, tuned_on, reported_on
+    return task, loaded.model, tuned_on, reported_on
 
 
-def _results(cfg, task, chosen: Chosen, summary: dict) -> dict:
-    """What ``--knn-output`` of every command has: figures of the best setting, and what it is."""
+def _results(cfg, task, chosen: Chosen, summary: dict, points: list[KNNGridPoint]) -> dict:
+    """What ``--knn-output`` of every command has, of the best setting; the summary and the grid."""
     measured = summary.get("reported_on", summary["tuned_on"])
     *_, method = (name for name in METHODS if f"{name}_perplexity" in measured)
     in_effect = task.in_effect.with_tuned(chosen.final())
@@ -119,6 +121,8 @@ def _results(cfg, task, chosen: Chosen, summary: dict) -> dict:
         **{name: measured[name] for name in ("split", "tokens", "counted", "base_perplexity")},
         "perplexity": measured[f"{method}_perplexity"],
         **circumstances(task, in_effect, context_settings(cfg), measured["split"]),
+        **summary,
+        "grid": [point._asdict() for point in points],
     }
 
 
@@ -146,7 +150,7 @@ def _tune(
     points = [of_larger_units(point, tokens_per_unit) for point in sweep(data, **grid)]
     chosen = best(points)
     logger.info(
-        f"{len(points)} settings in {time.monotonic() - started:.1f} s; best: k {chosen.k}, "
+        f"{len(points):,} settings in {in_time(time.monotonic() - started)}; best: k {chosen.k:,}, "
         f"lambda {chosen.knn_lambda:g}, temperature {chosen.temperature:g}"
     )
     if temperature_at_an_end(points):

@@ -75,8 +75,8 @@ def make_parser():
     parser.add_argument(
         "--report",
         metavar="DIR",
-        help="write a report there: report.html, one page that needs no network, its plots as PNG "
-        "and its tables as CSV and JSON; needs matplotlib",
+        help="write a report there: report.html, one page that needs no network, its figures as "
+        "PNG, SVG and PDF, and its tables as CSV, LaTeX and JSON; needs matplotlib",
     )
     return parser
 

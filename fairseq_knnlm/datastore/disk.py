@@ -4,6 +4,7 @@ import os
 import shutil
 
 from ..errors import UserError
+from ..units import in_bytes
 from .manifest import INDEX, KEYS, POSITIONS, VALUES
 
 
@@ -32,6 +33,6 @@ def refuse_small_disk(path: str, needed: int, count: int) -> None:
     free = free_bytes(path)
     if needed > free:
         raise UserError(
-            f"--knn-datastore {path} needs about {needed:,} bytes ({count:,} "
-            f"entries), its disk has {free:,} free"
+            f"--knn-datastore {path} needs about {in_bytes(needed)} ({count:,} entries), "
+            f"{in_bytes(needed - free)} more than its disk has free ({in_bytes(free)})"
         )

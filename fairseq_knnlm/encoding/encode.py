@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from ..errors import UserError
+from ..progress import track
 from .key_extractor import KeyExtractor
 
 # Largest logits tensor, in elements; --softmax-batch can only make it smaller.
@@ -23,11 +24,15 @@ class Encoded(NamedTuple):
     log_normalizer (Tensor): shape (N,), float32, logsumexp of the logits: with another set of
         logits, a memory's say, it joins p_lm to one softmax over both (Zhong et al., 2022). Of an
         adaptive softmax, of the logits of its head.
+    top_log_p_lm, top_ids (Tensor): shape (N, n), float32 and int64, the n most probable tokens,
+        the most probable first, and their log p_lm.
     """
 
     log_p_lm: Optional[torch.Tensor]
     keys: Optional[torch.Tensor]
     log_normalizer: Optional[torch.Tensor] = None
+    top_log_p_lm: Optional[torch.Tensor] = None
+    top_ids: Optional[torch.Tensor] = None
 
 
 @torch.no_grad()
@@ -39,6 +44,7 @@ def encode(
     softmax_batch: int = 0,
     key_dtype: Optional[torch.dtype] = None,
     log_normalizer: bool = False,
+    top: int = 0,
 ) -> Encoded:
     """Run a language model over a chunk.
 
@@ -50,6 +56,7 @@ def encode(
         softmax_batch (int): most tokens of one softmax; 0: as many as memory allows.
         key_dtype (torch.dtype): of the keys; None: the model's.
         log_normalizer (bool): whether it is wanted beside log p_lm.
+        top (int): so many of the most probable tokens are wanted beside log p_lm, at most V.
 
     Returns:
         Encoded: rows in corpus order.
@@ -59,8 +66,12 @@ def encode(
         targets.new_empty(len(targets), dtype=torch.float32) if wanted else None
         for wanted in (log_probs, log_probs and log_normalizer)
     )
+    top_log_p, top_ids = (
+        targets.new_empty(len(targets), top, dtype=dtype) if top else None
+        for dtype in (torch.float32, torch.int64)
+    )
     keys = None
-    for batch in sample["batches"]:
+    for batch in track("model", sample["batches"], len(sample["batches"])):
         rows, positions = batch["rows"], batch["positions"]
         inputs = batch["src_tokens"]
         features = model(inputs, src_lengths=batch["src_lengths"], features_only=True)[0]
@@ -72,6 +83,10 @@ def encode(
             log_p_lm[rows] = scored[0]
             if log_normalizer:
                 log_z[rows] = scored[1]
+            if top:
+                top_log_p[rows], top_ids[rows] = most_probable(
+                    model.decoder, flat, top, softmax_batch
+                )
         if extractor is not None:
             length = inputs.size(1)
             states = extractor.keys[positions % length, positions // length]  # (T, B, D) to (n, D)
@@ -79,7 +94,7 @@ def encode(
                 shape = len(targets), states.size(1)
                 keys = states.new_empty(shape, dtype=key_dtype or states.dtype)
             keys[rows] = states.to(keys.dtype)
-    return Encoded(log_p_lm, keys, log_z)
+    return Encoded(log_p_lm, keys, log_z, top_log_p_lm=top_log_p, top_ids=top_ids)
 
 
 def refuse_not_finite(encoded: Encoded) -> None:
@@ -124,8 +139,7 @@ def target_log_probs(
         score, width = _linear_log_probs, decoder.output_projection.weight.size(0)
     else:
         score, width = _adaptive_log_probs, softmax.cutoff[0]
-    step = max(1, _MAX_LOGITS // width)
-    step = min(softmax_batch or step, step)
+    step = _rows_at_a_time(width, softmax_batch)
     log_p, log_z = [], []
     for piece, target in zip(features.split(step), targets.split(step)):
         scores, logits = score(decoder, piece, target)
@@ -133,6 +147,35 @@ def target_log_probs(
         if log_normalizer:
             log_z.append(logits.float().logsumexp(dim=-1))
     return torch.cat(log_p), torch.cat(log_z) if log_normalizer else None
+
+
+def most_probable(decoder, features, count: int, softmax_batch: int = 0):
+    """The tokens that a language model finds most probable; the whole softmax is computed.
+
+    Args:
+        decoder: a fairseq decoder.
+        features (Tensor): shape (n, C), its output before the softmax.
+        count (int): how many tokens, at most V.
+        softmax_batch (int): most rows of one softmax; 0: as many as memory allows.
+
+    Returns:
+        tuple of Tensor: log p_lm, shape (n, count), float32, natural log, highest first, and the
+        tokens' ids, int64, of the same shape.
+    """
+    log_probs, ids = [], []
+    for piece in features.split(_rows_at_a_time(len(decoder.dictionary), softmax_batch)):
+        logits = decoder.output_layer(piece[None])  # (n, C) to (1, n, V)
+        distribution = decoder.get_normalized_probs((logits, None), log_probs=True)[0]
+        largest = distribution.float().topk(count, dim=-1)
+        log_probs.append(largest.values)
+        ids.append(largest.indices)
+    return torch.cat(log_probs), torch.cat(ids)
+
+
+def _rows_at_a_time(width: int, softmax_batch: int) -> int:
+    """How many rows of so many logits one softmax takes."""
+    step = max(1, _MAX_LOGITS // width)
+    return min(softmax_batch or step, step)
 
 
 def _linear_log_probs(decoder, features, targets):

@@ -7,9 +7,10 @@ and searched already.
 
 from .as_html import render as render_html
 from .as_text import render as render_text
-from .tokens import Inspector, Lines, Memory, Passage, Token, place_in_words
+from .tokens import Guess, Inspector, Lines, Memory, Passage, Token, place_in_words
 
 __all__ = [
+    "Guess",
     "Inspector",
     "Lines",
     "Memory",

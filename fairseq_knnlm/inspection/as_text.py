@@ -2,10 +2,10 @@
 
 import math
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Callable
 
-from .tokens import Memory, Passage, Token, place_in_words
+from .tokens import Guess, Memory, Passage, Token, place_in_words
 
 _COLUMNS = 100
 # Numbers of the ANSI escape sequences: blue, yellow, none, dim and bold.
@@ -27,10 +27,13 @@ def render(passage: Passage, color: bool = False) -> Iterator[str]:
         str: lines without their ends.
     """
     paint = _paint if color else lambda text, style: text
-    yield from _head(passage)
+    yield from head(passage)
+    yield _LEGEND
     for token in passage.tokens:
         yield ""
         yield from _token(token, paint)
+        yield from _guesses("the model says", token.lm_guesses)
+        yield from _guesses("the memory says", token.knn_guesses)
         for memory in token.neighbors:
             yield from _memory(memory, paint, passage.datastores)
 
@@ -51,14 +54,15 @@ def _paint(text: str, style: str) -> str:
     return f"\x1b[{_CODES[style]}m{text}\x1b[0m"
 
 
-def _head(passage: Passage) -> Iterator[str]:
+def head(passage: Passage) -> Iterator[str]:
+    """What is above the tokens: how many they are, their perplexity, and the settings."""
     perplexities = passage.perplexities()
-    head = (
+    summary = (
         f"{passage.source}: {len(passage.tokens):,} tokens, perplexity "
         f"{perplexities['lm']:.2f} without neighbours, {perplexities['mixture']:.2f} with"
     )
     settings = ", ".join(f"{name} {value}" for name, value in passage.settings.items())
-    for line in (head, settings, _LEGEND):
+    for line in (summary, settings):
         yield from textwrap.wrap(
             printable(line), _COLUMNS, break_long_words=False, break_on_hyphens=False
         )
@@ -74,6 +78,16 @@ def _token(token: Token, paint: Callable) -> Iterator[str]:
     numbers = f"  p_lm {token.p_lm:<8.2g} p_knn {p_knn:<8} mixture {token.p_mixture:<8.2g}"
     sign = "helped" if token.log_ratio > 0 else "hurt" if token.log_ratio < 0 else ""
     yield f"{name}{numbers}" + paint(f"  ln {token.log_ratio:+.2f} {sign}".rstrip(), sign)
+
+
+def _guesses(title: str, guesses: Sequence[Guess]) -> Iterator[str]:
+    """The tokens that were most probable, with their probabilities; nothing where not known."""
+    said = ", ".join(f"{printable(guess.token)} {guess.p:.2g}" for guess in guesses)
+    if said:
+        yield from textwrap.wrap(
+            f"{title} {said}", _COLUMNS, initial_indent=" " * 9, subsequent_indent=_INDENT,
+            break_long_words=False, break_on_hyphens=False,
+        )  # fmt: skip
 
 
 def _memory(memory: Memory, paint: Callable, datastores: int) -> Iterator[str]:

@@ -8,7 +8,7 @@ datastore that was built in that mode holds no empty lines, so its documents are
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple, Optional
 
 import numpy as np
@@ -22,6 +22,21 @@ from ..probability.mixture import mix
 
 # Tokens of a text that are looked through at a time for the ends of lines.
 _BATCH_TOKENS = 1 << 24
+# So many tokens that the model, and as many that the neighbours, would rather have said.
+GUESSES = 5
+
+
+class Guess(NamedTuple):
+    """What a distribution says comes next.
+
+    token (str): one of its most probable tokens.
+    p (float): its probability, in [0, 1].
+    matches (bool): whether that is the token that is predicted.
+    """
+
+    token: str
+    p: float
+    matches: bool
 
 
 class Memory(NamedTuple):
@@ -67,6 +82,8 @@ class Token(NamedTuple):
     matching (int): how many of the k neighbours have this token as their value.
     neighbors (list of Memory): the nearest, nearest first, and the nearest that has this token
         where it is further away.
+    lm_guesses, knn_guesses (list of Guess): the most probable tokens by p_lm and by p_knn, at most
+        ``GUESSES`` of each; by p_lm none where they were not asked for.
     """
 
     index: int
@@ -79,6 +96,16 @@ class Token(NamedTuple):
     log_ratio: float
     matching: int
     neighbors: list
+    lm_guesses: list
+    knn_guesses: list
+
+    def to_dict(self) -> dict:
+        """Plain lists and dicts."""
+        lists = ("neighbors", "lm_guesses", "knn_guesses")
+        return {
+            **self._asdict(),
+            **{name: [each._asdict() for each in getattr(self, name)] for name in lists},
+        }
 
 
 class Passage(NamedTuple):
@@ -104,15 +131,11 @@ class Passage(NamedTuple):
 
     def to_dict(self) -> dict:
         """Plain lists and dicts for ``files.write_json``, infinite numbers among them."""
-        tokens = [
-            {**token._asdict(), "neighbors": [memory._asdict() for memory in token.neighbors]}
-            for token in self.tokens
-        ]
         return {
             "source": self.source,
             "settings": self.settings,
             "perplexity": self.perplexities(),
-            "tokens": tokens,
+            "tokens": [token.to_dict() for token in self.tokens],
         }
 
 
@@ -211,6 +234,7 @@ class Inspector:
         log_p_lm: torch.Tensor,
         neighbors: Neighbors,
         words: Optional[Sequence[str]] = None,
+        lm_top: Optional[tuple[torch.Tensor, torch.Tensor]] = None,
     ) -> list[Token]:
         """What is known of consecutive tokens.
 
@@ -221,6 +245,8 @@ class Inspector:
             neighbors (Neighbors): shape (N, k).
             words (sequence of str): N words as they were written; None: as the dictionary has
                 them.
+            lm_top (tuple of Tensor): log p_lm of the most probable tokens, and their ids, each of
+                shape (N, n), the most probable first; None: not known.
 
         Returns:
             list of Token: N of them.
@@ -232,6 +258,7 @@ class Inspector:
         columns = (log_p_lm, log_p_knn, log_p, log_p - log_p_lm)
         rows = torch.stack([column.double() for column in columns], dim=1).tolist()
         weights = knn_weights(neighbors.distances, self.temperature)
+        lm_best = _pairs(*lm_top) if lm_top else [[]] * len(targets)
         return [
             Token(
                 first + i,
@@ -241,6 +268,8 @@ class Inspector:
                 *map(math.exp, rows[i][:3]),
                 rows[i][3],
                 *self._memories(target, weights[i], *(part[i] for part in neighbors)),
+                self._guesses(target, lm_best[i]),
+                self._guesses(target, _largest_sums(neighbors.values[i], weights[i])),
             )
             for i, target in enumerate(targets.tolist())
         ]
@@ -253,6 +282,9 @@ class Inspector:
         shown += [rank for rank in matching[:1] if rank >= self.show]
         columns = (part[shown].tolist() for part in (weights, distances, values, ids))
         return len(matching), [self._memory(target, *each) for each in zip(shown, *columns)]
+
+    def _guesses(self, target: int, pairs: Iterable[tuple[int, float]]) -> list[Guess]:
+        return [Guess(self.dictionary[token], p, token == target) for token, p in pairs]
 
     def _memory(self, target, rank, weight, distance, value, id_) -> Memory:
         number = int(np.searchsorted(self._last_ids, id_))
@@ -277,3 +309,23 @@ class Inspector:
 
     def _decode(self, token_ids: np.ndarray) -> list[str]:
         return [self.dictionary[int(token)] for token in token_ids]
+
+
+def _pairs(log_probs: torch.Tensor, ids: torch.Tensor) -> list[list[tuple[int, float]]]:
+    """Token and probability of the most probable ones, for each row."""
+    rows = zip(ids.tolist(), log_probs.double().exp().tolist())
+    return [list(zip(*row))[:GUESSES] for row in rows]
+
+
+def _largest_sums(values: torch.Tensor, weights: torch.Tensor) -> list[tuple[int, float]]:
+    """The values with the largest sums of weights, largest first: the top of p_knn.
+
+    Args:
+        values (LongTensor): shape (k,), token ids.
+        weights (Tensor): shape (k,), of the neighbours; 0 where there is none.
+    """
+    tokens, places = values.unique(return_inverse=True)
+    sums = torch.zeros(len(tokens), dtype=torch.float64).index_add_(0, places, weights.double())
+    largest = sums.topk(min(GUESSES, len(tokens)))
+    pairs = zip(tokens[largest.indices].tolist(), largest.values.tolist())
+    return [(token, p) for token, p in pairs if p > 0.0]

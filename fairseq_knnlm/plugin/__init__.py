@@ -4,3 +4,12 @@
 scorer and its printing: ``eval_lm_patch`` and ``print_patch`` reach in at run time, and are undone.
 With ``hub`` and ``cli`` the only door to fairseq. Imports from every package but these two.
 """
+
+import logging
+
+# fairseq's text-to-speech task logs, whenever fairseq is imported, that tensorboardX is missing.
+_text_to_speech = logging.getLogger("fairseq.tasks.text_to_speech")
+_text_to_speech.disabled = True
+import fairseq  # noqa: E402, F401
+
+_text_to_speech.disabled = False

@@ -13,7 +13,9 @@ from typing import Callable, Optional
 import torch
 import torch.distributed as dist
 
+from ..progress import shown_by
 from ..scoring.words import continued_ids, word_starts
+from .bars import bars_like, in_bars
 from .commands import running_names
 
 logger = logging.getLogger(__name__)
@@ -45,7 +47,8 @@ def use_scorer(make_scorer: Callable, on_end: Optional[Callable[[int], None]] = 
         )
         names["SequenceScorer"] = lambda dictionary, softmax_batch: scorer
         try:
-            total = scorer.total(stock(**arguments))
+            with shown_by(in_bars(bars_like(arguments["batch_iterator"]))):
+                total = scorer.total(stock(**arguments))
         finally:
             names["SequenceScorer"] = stock_scorer
         if on_end is not None:

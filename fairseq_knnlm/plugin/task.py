@@ -38,6 +38,7 @@ from .generator import KNNGenerator, KNNModel, ReferenceScorer
 from .opening import open_datastores, refuse_other_decoders, refuse_other_models
 from .print_patch import Memories
 from .results import evaluation_output
+from .unknown_words import warn_of_unknown_words
 
 logger = logging.getLogger(__name__)
 
@@ -329,11 +330,12 @@ class KNNLMTask(LanguageModelingTask):
     # -- generation ----------------------------------------------------------------------------
 
     def build_dataset_for_inference(self, src_tokens, src_lengths, **kwargs):
-        """Prompts, or texts to score, as a dataset; on every numpy.
+        """Prompts, or texts to score, as a dataset; on every numpy. Unknown words are warned of.
 
         Args:
             src_tokens, src_lengths, kwargs: as in fairseq.
         """
+        warn_of_unknown_words(self.source_dictionary, src_tokens)
         with numpy_compat():
             return super().build_dataset_for_inference(src_tokens, src_lengths, **kwargs)
 

@@ -13,6 +13,7 @@ import torch
 
 from ..errors import UserError
 from ..fields import is_whole
+from ..progress import track
 from .log_sums import LogShares
 
 CACHE_METRICS = ("ip", "l2")
@@ -96,7 +97,8 @@ class ContinuousCache:
         log_p = states.new_empty(len(self._thetas), len(bounds), len(targets))
         rows = min(_MAX_ROWS, max(_MIN_ROWS, _MAX_PRODUCTS // size))
         workspace = _Workspace(states, rows, size)
-        for start in range(0, len(targets), rows):
+        starts = range(0, len(targets), rows)
+        for start in track("cache", starts, len(starts)):
             stop = min(start + rows, len(targets))
             seen = slice(start, stop + size)
             band = self._band(states[seen], ages[start:stop], workspace)

@@ -1,8 +1,9 @@
 """A report of ``fairseq-knnlm-tune``: tables, figures and one page, in a directory.
 
-``tables`` and ``sizes`` compute, ``figures`` draws, ``report_page`` puts the page together from
-``page_parts``, and ``report`` writes the files. The only door to matplotlib, which is imported when
-a report is asked for. Imports from the root, ``probability`` and ``tuning``.
+``tables`` and ``sizes`` compute, and ``intervals`` says how sure that is; ``text_tables`` puts
+numbers into words, which ``report_page`` shows on the page and ``latex`` in papers; ``figures``
+draws in the ``look`` of all of them, and ``report`` writes the files. The only door to matplotlib,
+which is imported when a report is asked for. Imports from the root, ``probability`` and ``tuning``.
 """
 
 from .report import refuse_impossible, write

@@ -1,32 +1,39 @@
-"""The figures of a report, as PNG and SVG. The only door to matplotlib.
+"""The figures of a report, for papers and for its page. The only door to matplotlib.
 
 matplotlib is imported when a report is asked for, and not before: the commands run without it.
 """
 
 import io
+import logging
 import math
 from collections.abc import Sequence
-from typing import Optional
 
 from ..errors import UserError
+from .look import (
+    APART,
+    BAR,
+    FIRST,
+    INK,
+    LOOK,
+    SECOND,
+    broad,
+    curve,
+    drawable,
+    legend,
+    line,
+    log_axis,
+    mark,
+    round_numbers,
+    thin,
+)
 from .tables import BIN_NATS
 
-# Okabe and Ito's colours; lines and markers differ as well.
-_BASE, _FIRST, _SECOND = "#000000", "#0072B2", "#D55E00"
-_LOOK = {
-    "figure.figsize": (6.4, 4.0),
-    "figure.constrained_layout.use": True,
-    "axes.grid": True,
-    "axes.spines.right": False,
-    "axes.spines.top": False,
-    "grid.alpha": 0.3,
-    "legend.framealpha": 0.9,
-    "savefig.dpi": 150,
-    # Without a fixed salt the names in an SVG would differ from one report to the next.
-    "svg.hashsalt": "fairseq_knnlm",
-}
+# With a date in it no two files would be the same.
+_METADATA = {"png": {}, "svg": {"Date": None}, "pdf": {"CreationDate": None}}
 # The curve over lambda ends where perplexity is this many times that of the model alone.
 _WORST = 1.25
+# What a person would write along an axis of p_mixture / p_lm.
+_RATIOS = (0.01, 0.1, 0.5, 1, 2, 10, 100, 1000)
 
 
 def refuse_missing_matplotlib() -> None:
@@ -51,35 +58,40 @@ def draw(results: dict) -> dict:
         results (dict): what ``report.write`` stores as JSON.
 
     Returns:
-        dict: PNG and SVG of each figure, a pair of bytes, by name.
+        dict: by the name of the figure a dict of bytes, ``png``, ``svg`` and ``pdf``.
     """
     import matplotlib
     from matplotlib.figure import Figure
 
+    # It tells of every table of every font that it puts into a PDF.
+    logging.getLogger("fontTools").setLevel(logging.WARNING)
     drawings = {
         "k": _draw_k,
         "found": _draw_targets_found,
         "lambda": _draw_lambda,
         "temperature": _draw_temperature,
+        "size": _draw_size,
         "frequency": _draw_frequency,
         "log_ratio": _draw_log_ratio,
-        "size": _draw_size,
     }
+    if results["tables"]["cache_grid"]:
+        drawings["cache"] = _draw_cache
     drawn = {}
-    with matplotlib.rc_context(_LOOK):
+    with matplotlib.rc_context(LOOK):
         for name, drawing in drawings.items():
             figure = Figure()
             drawing(figure, results)
-            # With a date in it no two files would be the same.
-            formats = (("png", {}), ("svg", {"metadata": {"Date": None}}))
-            drawn[name] = tuple(_saved(figure, kind, options) for kind, options in formats)
+            drawn[name] = {kind: _saved(figure, kind) for kind in _METADATA}
     return drawn
 
 
-def _saved(figure, kind: str, options: dict) -> bytes:
+def _saved(figure, kind: str) -> bytes:
     file = io.BytesIO()
-    figure.savefig(file, format=kind, **options)
+    figure.savefig(file, format=kind, metadata=_METADATA[kind])
     return file.getvalue()
+
+
+# -- the figures -----------------------------------------------------------------------------------
 
 
 def _perplexity_axes(figure, results: dict, label: str):
@@ -88,51 +100,27 @@ def _perplexity_axes(figure, results: dict, label: str):
     axes.set_xlabel(label)
     axes.set_ylabel(f"perplexity on {results['split']}")
     base = results.get("reported_on", results["tuned_on"])["base_perplexity"]
-    axes.axhline(base, color=_BASE, linestyle=":", label=f"without neighbours: {base:.2f}")
+    axes.axhline(base, color=INK, linestyle=":", label=f"the model alone: {base:.2f}")
     return axes
-
-
-def _plot(
-    axes, rows: Sequence[dict], x: str, line: str, color: str, label: str, y: str = "perplexity"
-) -> None:
-    """A line of two columns of a table, *x* and *y*."""
-    axes.plot(
-        [row[x] for row in rows], [_drawable(row[y]) for row in rows], line, color=color,
-        label=label, markersize=5,
-    )  # fmt: skip
-
-
-def _drawable(value: float) -> float:
-    """The value; nan, which leaves a gap, where it is infinite."""
-    return value if math.isfinite(value) else math.nan
-
-
-def _log2(axes, ticks: Optional[Sequence] = None, form: str = "{x:,.4g}") -> None:
-    """Powers of two along x, with labels of that form."""
-    axes.set_xscale("log", base=2)
-    if ticks is not None:
-        axes.set_xticks(ticks)
-    axes.minorticks_off()
-    axes.xaxis.set_major_formatter(form)
 
 
 def _draw_k(figure, results: dict) -> None:
     axes = _perplexity_axes(figure, results, "k, number of neighbours")
-    rows, best = results["tables"]["k"], results["best"]
-    _plot(
-        axes, results["tables"]["k_at_temperature"], "k", "s--", _SECOND,
-        f"best lambda, T = {best['temperature']:g}",
+    tables, temperature = results["tables"], results["best"]["temperature"]
+    curve(axes, tables["k"], "k", label="best lambda and T for each k", **broad(FIRST))
+    line(
+        axes, tables["k_at_temperature"], "k", label=f"best lambda, T = {temperature:.4g}",
+        **thin(SECOND),
     )  # fmt: skip
-    _plot(axes, rows, "k", "o-", _FIRST, "best lambda and T")
-    _log2(axes, [row["k"] for row in rows])
-    axes.legend()
+    log_axis(axes, [row["k"] for row in tables["k"]])
+    legend(axes)
 
 
 def _draw_targets_found(figure, results: dict) -> None:
     axes = figure.add_subplot()
     rows = results["tables"]["found"]
-    _plot(axes, rows, "k", "o-", _FIRST, "", "targets_found")
-    _log2(axes, [row["k"] for row in rows])
+    line(axes, rows, "k", "targets_found", color=FIRST, marker="o", markersize=5)
+    log_axis(axes, [row["k"] for row in rows])
     axes.set_ylim(0, 1)
     axes.yaxis.set_major_formatter("{x:.0%}")
     axes.set_xlabel("k, number of neighbours")
@@ -141,68 +129,92 @@ def _draw_targets_found(figure, results: dict) -> None:
 
 def _draw_lambda(figure, results: dict) -> None:
     axes = _perplexity_axes(figure, results, "lambda, weight of p_knn")
-    rows, best = results["tables"]["lambda"], results["best"]
+    rows = results["tables"]["lambda"]
     shown = [row for row in rows if row["perplexity"] <= _WORST * rows[0]["perplexity"]]
-    _plot(axes, shown, "knn_lambda", "-", _FIRST, "with neighbours")
-    chosen = [row for row in shown if row["knn_lambda"] == best["knn_lambda"]]
-    _plot(axes, chosen, "knn_lambda", "D", _SECOND, f"chosen: {best['knn_lambda']:g}")
-    axes.legend()
+    curve(axes, shown, "knn_lambda", color=FIRST, label="with neighbours")
+    mark(axes, shown, "knn_lambda", results["best"]["knn_lambda"])
+    legend(axes)
 
 
 def _draw_temperature(figure, results: dict) -> None:
     axes = _perplexity_axes(figure, results, "temperature T")
-    rows, best = results["tables"]["temperature"], results["best"]
-    _plot(axes, rows, "temperature", "o-", _FIRST, "best k and lambda")
-    chosen = [row for row in rows if row["temperature"] == best["temperature"]]
-    _plot(axes, chosen, "temperature", "D", _SECOND, f"chosen: {best['temperature']:g}")
-    _log2(axes)
-    axes.legend()
+    rows = results["tables"]["temperature"]
+    curve(
+        axes, rows, "temperature", color=FIRST, marker="o", markersize=5,
+        label="best k and lambda for each T",
+    )  # fmt: skip
+    mark(axes, rows, "temperature", results["best"]["temperature"])
+    log_axis(axes, round_numbers([row["temperature"] for row in rows]))
+    legend(axes)
+
+
+def _draw_cache(figure, results: dict) -> None:
+    chosen = results["best_knn_cache"]
+    panels = figure.subplots(1, 2, sharey=True)
+    for axes, name, label in zip(
+        panels, ("cache_size", "cache_theta"), ("positions in the cache", "theta")
+    ):
+        rows = results["tables"][name]
+        line(axes, rows, name, color=FIRST, marker="o", markersize=5)
+        mark(axes, rows, name, chosen[name])
+        axes.set_xlabel(label)
+        legend(axes)
+    log_axis(panels[0], [row["cache_size"] for row in results["tables"]["cache_size"]])
+    thetas = [row["cache_theta"] for row in results["tables"]["cache_theta"]]
+    if min(thetas) > 0:
+        log_axis(panels[1], round_numbers(thetas, most=4))
+    panels[0].set_ylabel(f"perplexity on {results['tuned_on']['split']}")
 
 
 def _draw_size(figure, results: dict) -> None:
     axes = _perplexity_axes(figure, results, "entries of the datastore")
     rows = results["tables"]["size"]
-    same_k = [row for row in rows if row["k"]]
-    _plot(axes, same_k, "entries", "o-", _FIRST, f"{same_k[0]['k']:,} nearest neighbours")
     every = [row for row in rows if not row["k"]]
-    _plot(axes, every, "entries", "s--", _SECOND, "all known neighbours of the part")
-    _log2(axes, [row["entries"] for row in every], "{x:,.0f}")
-    axes.legend()
+    same_k = [row for row in rows if row["k"]]
+    curve(axes, every, "entries", label="all known neighbours of the part", **broad(FIRST))
+    curve(axes, same_k, "entries", label=f"{same_k[0]['k']:,} nearest neighbours", **thin(SECOND))
+    log_axis(axes, round_numbers([row["entries"] for row in every]), "{x:,.0f}")
+    legend(axes)
 
 
 def _draw_frequency(figure, results: dict) -> None:
     axes = figure.add_subplot()
-    rows = results["tables"]["frequency"]
-    changes = [_drawable(row["relative_change"]) for row in rows]
-    axes.bar(range(len(rows)), changes, width=0.7, color="#9ecae9", edgecolor=_FIRST)
-    with_interval = [
-        (place, row)
-        for place, row in enumerate(rows)
-        if row["low"] is not None and math.isfinite(row["high"])
-    ]
-    axes.errorbar(
-        [place for place, _ in with_interval],
-        [row["relative_change"] for _, row in with_interval],
-        yerr=[
-            [max(0.0, row["relative_change"] - row["low"]) for _, row in with_interval],
-            [max(0.0, row["high"] - row["relative_change"]) for _, row in with_interval],
-        ],
-        fmt="none", ecolor=_BASE, capsize=4,
-    )  # fmt: skip
-    axes.axhline(0, color=_BASE, linewidth=0.8)
-    axes.set_xticks(
-        range(len(rows)), [_least_frequency(row) + f"\n{row['share']:.1%}" for row in rows],
-        fontsize="small",
-    )  # fmt: skip
+    buckets = results["tables"]["frequency"]
+    unknown = [row for row in results["tables"]["unknown"] if row["words"] != "known"]
+    rows = [*buckets, *unknown]
+    places = [*range(len(buckets)), *(len(buckets) + 0.5 for _ in unknown)]
+    for place, row in zip(places, rows):
+        axes.bar(
+            place, drawable(row["relative_change"]), width=0.7, edgecolor=INK, linewidth=0.6,
+            color=APART if "words" in row else BAR, hatch="////" if "words" in row else None,
+        )  # fmt: skip
+        _error_bar(axes, place, row)
+    axes.axhline(0, color=INK, linewidth=0.8)
+    axes.set_xticks(places, [f"{_least_frequency(row)}\n{row['share']:.1%}" for row in rows])
+    axes.tick_params(axis="x", labelsize="small")
     axes.grid(axis="x", visible=False)
-    axes.yaxis.set_major_formatter("{x:+.0%}")
+    axes.yaxis.set_major_formatter(lambda change, _: f"{change:+.0%}" if round(change, 4) else "0")
     axes.set_xlabel("occurrences of the target in the datastore; share of tokens")
     axes.set_ylabel("change of perplexity")
 
 
+def _error_bar(axes, place: float, row: dict) -> None:
+    if row["low"] is not None and math.isfinite(row["high"]):
+        value = row["relative_change"]
+        sizes = [[max(0.0, value - row["low"])], [max(0.0, row["high"] - value)]]
+        axes.errorbar([place], [value], yerr=sizes, fmt="none", color=INK, capsize=4)
+
+
 def _least_frequency(row: dict) -> str:
     """A bucket of frequencies, in few letters."""
-    return "never" if row["highest"] == 0 else f"{row['lowest']:,}+"
+    if "words" in row:
+        return row["words"]
+    if row["highest"] == 0:
+        return "never"
+    lowest = row["lowest"]
+    if lowest >= 10**6:
+        return f"{lowest // 10**6:,}M+"
+    return f"{lowest // 1000}k+" if lowest >= 10**4 else f"{lowest:,}+"
 
 
 def _draw_log_ratio(figure, results: dict) -> None:
@@ -212,19 +224,27 @@ def _draw_log_ratio(figure, results: dict) -> None:
     tokens = sum(row["tokens"] for row in rows)
     for axes, heights in (
         (above, [row["tokens"] / tokens for row in rows]),
-        (below, [_drawable(row["nats"]) for row in rows]),
+        (below, [drawable(row["nats"]) for row in rows]),
     ):
         for start, height in zip(left, heights):
             hurt = start < 0
             axes.bar(
-                start, height, BIN_NATS, align="edge", linewidth=0.4, edgecolor=_BASE,
-                color=_SECOND if hurt else _FIRST, hatch="////" if hurt else None,
+                start, height, BIN_NATS, align="edge", linewidth=0.4, edgecolor=INK,
+                color=SECOND if hurt else FIRST, hatch="////" if hurt else None,
             )  # fmt: skip
-        axes.axvline(0, color=_BASE, linewidth=0.8)
-        axes.grid(axis="x", visible=False)
+        axes.axvline(0, color=INK, linewidth=0.8)
+    _ratio_ticks(below, left)
     above.yaxis.set_major_formatter("{x:.0%}")
     above.set_ylabel("tokens")
-    below.axhline(0, color=_BASE, linewidth=0.8)
+    below.axhline(0, color=INK, linewidth=0.8)
     below.yaxis.set_major_formatter("{x:,.0f}")
     below.set_ylabel("nats")
-    below.set_xlabel("ln(p_mixture / p_lm): hatched, neighbours hurt; plain, they help")
+    below.set_xlabel("p_mixture / p_lm: hatched, neighbours hurt; plain, they help")
+
+
+def _ratio_ticks(axes, left: Sequence[float]) -> None:
+    """Ratios along an axis of their natural logarithms."""
+    shown = [
+        ratio for ratio in _RATIOS if left[0] <= math.log(ratio) <= left[-1] + BIN_NATS
+    ]  # fmt: skip
+    axes.set_xticks([math.log(ratio) for ratio in shown], [f"{ratio:,g}" for ratio in shown])

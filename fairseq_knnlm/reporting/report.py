@@ -1,4 +1,4 @@
-"""A report in a directory: one page, its figures as PNG, its tables as CSV, and all as JSON."""
+"""A report in a directory: one page; figures and tables for papers beside it; and all as JSON."""
 
 import csv
 import io
@@ -8,17 +8,21 @@ from typing import TYPE_CHECKING
 
 from ..errors import UserError
 from ..files import json_bytes, refuse_unwritable_directory, write_atomically
-from ..tuning.grid import KNNGridPoint
+from ..tuning.grid import CacheGridPoint, KNNGridPoint
 from ..tuning.tuning_data import TuningData
 from .figures import draw, refuse_missing_matplotlib
+from .latex import latex
 from .report_page import render
 from .sizes import SizePoint
 from .tables import make_tables, training_counts
+from .text_tables import text_tables
 
 if TYPE_CHECKING:  # A cache alone is tuned without FAISS.
     from ..search.retriever import Retriever
 
 PAGE, DATA = "report.html", "report.json"
+# Folders beside the page.
+FIGURES, TABLES = "figures", "tables"
 
 
 def refuse_impossible(directory: str) -> None:
@@ -37,7 +41,8 @@ def refuse_impossible(directory: str) -> None:
 def write(
     directory: str,
     summary: dict,
-    grid: Sequence[KNNGridPoint],
+    knn_grid: Sequence[KNNGridPoint],
+    cache_grid: Sequence[CacheGridPoint],
     data: TuningData,
     sizes: Sequence[SizePoint],
     retriever: "Retriever",
@@ -47,8 +52,11 @@ def write(
 
     Args:
         directory (str): made if it is not there; files of the same names are replaced.
-        summary (dict): what ``fairseq-knnlm-tune`` ends with.
-        grid (sequence of KNNGridPoint): all that was tried on the split that is tuned on.
+        summary (dict): what ``fairseq-knnlm-tune`` ends with, and ``date``, ``model``, ``context``
+            and ``versions``: when and with what, the latter three as dicts of names and values.
+        knn_grid (sequence of KNNGridPoint): all that was tried on the split that is tuned on.
+        cache_grid (sequence of CacheGridPoint): the same, of a cache besides neighbours; empty
+            without one.
         data (TuningData): of the split that is reported on, or else of the one that is tuned on.
         sizes (sequence of SizePoint): from ``tune_sizes``, of the split that is tuned on.
         retriever (Retriever): what was searched.
@@ -60,34 +68,49 @@ def write(
     Raises:
         UserError: if it cannot be written.
     """
-    split = summary.get("reported_on", summary["tuned_on"])["split"]
-    retuned = split != summary["tuned_on"]["split"]
     counts = training_counts(retriever.datastores, len(dictionary))
     results = {
         **summary,
-        "split": split,
+        "split": summary.get("reported_on", summary["tuned_on"])["split"],
         "search": {
             "k": data.distances.size(1),
             "nprobe": retriever.nprobe,
             "distances": retriever.distances,
         },
         "datastores": [_description(datastore) for datastore in retriever.datastores],
-        "tables": make_tables(grid, data, retuned, sizes, counts, dictionary.symbols),
+        "tables": make_tables(knn_grid, cache_grid, data, sizes, counts, dictionary),
     }
-    files = {DATA: json_bytes(results)}
-    figures = {}
-    for name, (png, svg) in draw(results).items():
-        files[f"{name}.png"], figures[name] = png, svg
-    for name, rows in results["tables"].items():
-        files[f"{name}.csv"] = _csv(rows)
-    files[PAGE] = render(results, figures).encode()
     try:
-        os.makedirs(directory, exist_ok=True)
-        for name, content in files.items():
-            write_atomically(os.path.join(directory, name), content)
+        for name, content in _files(results).items():
+            path = os.path.join(directory, name)
+            os.makedirs(os.path.dirname(path), exist_ok=True)
+            write_atomically(path, content)
     except OSError as error:
         raise UserError(f"cannot write --report {directory}: {error}") from None
     return os.path.join(directory, PAGE)
+
+
+def _files(results: dict) -> dict[str, bytes]:
+    """All files, by their paths within the directory; the page is the last."""
+    figures, texts = draw(results), text_tables(results)
+    pictures = {name: formats["svg"] for name, formats in figures.items()}
+    return {
+        DATA: json_bytes(results),
+        **{
+            os.path.join(FIGURES, f"{name}.{kind}"): content
+            for name, formats in figures.items()
+            for kind, content in formats.items()
+        },
+        **{
+            os.path.join(TABLES, f"{name}.csv"): _csv(rows)
+            for name, rows in results["tables"].items()
+        },
+        **{
+            os.path.join(TABLES, f"{name}.tex"): latex(table).encode()
+            for name, table in texts.items()
+        },
+        PAGE: render(results, texts, pictures).encode(),
+    }
 
 
 def _description(datastore) -> dict:

@@ -11,10 +11,11 @@ from typing import NamedTuple, Optional
 import torch
 
 from ..probability.knn import knn_log_probs
-from ..probability.metrics import perplexity
 from ..probability.mixture import mix
+from ..progress import track
 from ..tuning.knn_sweep import best_lambda
 from ..tuning.tuning_data import PARTS, TuningData
+from .intervals import perplexity_with_bounds
 
 # Sizes of the curve, in parts of which the datastore has ``PARTS``.
 _SIZES = (1, 2, 4, 8, 16)
@@ -50,10 +51,10 @@ def tune_sizes(data: TuningData, temperature: float) -> list[SizePoint]:
         the smallest size first.
     """
     same_k = max(1, data.distances.size(1) // _COMMON_SHARE)
+    wanted = [(parts, k) for k in (same_k, None) for parts in _SIZES]
     return [
         SizePoint(parts, k, best_lambda(data.log_p_lm, log_p_knn))
-        for k in (same_k, None)
-        for parts in _SIZES
+        for parts, k in track("sizes of the datastore", wanted, len(wanted))
         for log_p_knn in [log_p_knn_of_part(data, parts, k, temperature)]
     ]
 
@@ -103,9 +104,9 @@ def size_curve(
     Yields:
         dict: ``share`` and ``entries`` of the datastore; ``k``, None for all known neighbours;
         ``mean_neighbors`` of a query; ``queries_with_fewer``, the share of those with fewer than
-        k, None without k; ``knn_lambda`` and ``perplexity``.
+        k, None without k; ``knn_lambda``; and the perplexity, see ``perplexity_with_bounds``.
     """
-    for size in sizes:
+    for size in track("sizes of the datastore", sizes, len(sizes)):
         known = _known_neighbors(data, size.parts)
         limit = size.k or data.distances.size(1)
         log_p_knn = log_p_knn_of_part(data, size.parts, size.k, temperature)
@@ -119,7 +120,7 @@ def size_curve(
                 None if size.k is None else (known < size.k).double().mean().item()
             ),
             "knn_lambda": size.knn_lambda,
-            "perplexity": perplexity(mixed),
+            **perplexity_with_bounds(data, mixed),
         }
 
 

@@ -6,17 +6,18 @@ chosen on the split that is tuned on, figures are of the split that is reported 
 """
 
 import math
-from collections.abc import Iterator, Sequence
+import operator
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 import torch
 
-from ..probability.bootstrap import paired_interval
 from ..probability.metrics import perplexity
 from ..probability.mixture import mix
-from ..tuning.grid import KNNGridPoint, best
-from ..tuning.knn_sweep import Prefixes, best_of_each_k, log_p_knn, mixture_perplexities
+from ..tuning.grid import CacheGridPoint, KNNGridPoint, Point, best
+from ..tuning.knn_sweep import Prefixes, best_of_each_k, log_p_knn
 from ..tuning.tuning_data import TuningData
+from .intervals import change_between, perplexity_with_bounds, starts_within
 from .sizes import SizePoint, size_curve
 
 # Steps of the curve over lambda.
@@ -50,91 +51,95 @@ def training_counts(datastores: Sequence, types: int) -> np.ndarray:
 
 
 def make_tables(
-    grid: Sequence[KNNGridPoint],
+    knn_grid: Sequence[KNNGridPoint],
+    cache_grid: Sequence[CacheGridPoint],
     data: TuningData,
-    retuned: bool,
     sizes: Sequence[SizePoint],
     counts: np.ndarray,
-    symbols: Sequence[str],
+    dictionary,
 ) -> dict:
     """All tables of a report: lists of rows, a dictionary each, by name.
 
     Args:
-        grid (sequence of KNNGridPoint): all that was tried on the split that is tuned on.
+        knn_grid (sequence of KNNGridPoint): all that was tried on the split that is tuned on.
+        cache_grid (sequence of CacheGridPoint): the same, of a cache besides neighbours; empty
+            without one.
         data (TuningData): of the split that is reported on, with targets and documents.
-        retuned (bool): whether that is another split than the one that is tuned on.
         sizes (sequence of SizePoint): from ``tune_sizes``, of the split that is tuned on.
         counts (ndarray): shape (V,), from ``training_counts``.
-        symbols (sequence of str): shape (V,), the dictionary.
+        dictionary: fairseq's, of V types.
 
     Returns:
         dict: ``grid``; the curves ``k``, ``k_at_temperature``, ``temperature``, ``lambda`` and
-        ``size``; ``found``, ``frequency``, ``log_ratio``, ``types`` and ``helped_or_hurt``.
+        ``size``; ``cache_grid``, and its curves ``cache_size`` and ``cache_theta`` of the split
+        that is tuned on; ``found``, ``frequency``, ``unknown``, ``log_ratio``, ``types`` and
+        ``helped_or_hurt``.
     """
-    chosen = best(grid)
+    chosen = best(knn_grid)
     (scores,) = log_p_knn(data, [chosen.k], chosen.temperature)
     mixed = mix(data.log_p_lm, scores, knn_lambda=chosen.knn_lambda)
-    log_p_lm, mixed = data.log_p_lm.double().numpy(), mixed.double().numpy()
-    targets, log_ratios = data.targets.numpy(), mixed - log_p_lm
-    at_chosen_temperature = [point for point in grid if point.temperature == chosen.temperature]
+    targets = _Targets(data, mixed, counts, dictionary)
+    same_temperature = [point for point in knn_grid if point.temperature == chosen.temperature]
     curves = {
-        "k": best_of_each_k(grid),
-        "k_at_temperature": best_of_each_k(at_chosen_temperature),
-        "temperature": _best_of_each_temperature(grid),
+        "k": best_of_each_k(knn_grid),
+        "k_at_temperature": best_of_each_k(same_temperature),
+        "temperature": _best_of_each("temperature", knn_grid),
     }
     return {
-        "grid": [point._asdict() for point in grid],
-        **dict(zip(curves, _evaluated(data, list(curves.values()), retuned))),
-        "lambda": list(_lambda_curve(data.log_p_lm, scores, chosen.knn_lambda)),
+        "grid": _rows(knn_grid),
+        **dict(zip(curves, _evaluated(data, list(curves.values())))),
+        "lambda": list(_lambda_curve(data, scores, chosen.knn_lambda)),
         "size": list(size_curve(data, sizes, chosen.temperature, counts.sum())),
-        "found": list(_targets_found(data.matches, sorted({point.k for point in grid}))),
-        "frequency": list(_by_frequency(counts[targets], log_p_lm, mixed, data.document_starts)),
-        "log_ratio": list(_histogram(log_ratios)),
-        "types": list(_extreme_types(targets, log_ratios, counts, symbols)),
-        "helped_or_hurt": [_helped_or_hurt(log_ratios)],
+        "cache_grid": _rows(cache_grid),
+        "cache_size": _rows(_best_of_each("cache_size", cache_grid)),
+        "cache_theta": _rows(_best_of_each("cache_theta", cache_grid)),
+        "found": list(_targets_found(data.matches, sorted({point.k for point in knn_grid}))),
+        "frequency": list(targets.by_frequency()),
+        "unknown": list(targets.known_and_unknown()),
+        "log_ratio": list(_histogram(targets.log_ratios)),
+        "types": list(targets.extreme_types()),
+        "helped_or_hurt": [_helped_or_hurt(targets.log_ratios)],
     }
 
 
 # -- curves ----------------------------------------------------------------------------------------
 
 
-def _best_of_each_temperature(grid: Sequence[KNNGridPoint]) -> list[KNNGridPoint]:
-    by_temperature: dict = {}
-    for point in sorted(grid, key=lambda point: point.temperature):
-        by_temperature.setdefault(point.temperature, []).append(point)
-    return [best(points) for points in by_temperature.values()]
+def _rows(points: Iterable[Point]) -> list[dict]:
+    return [point._asdict() for point in points]
 
 
-def _evaluated(
-    data: TuningData, curves: Sequence[Sequence[KNNGridPoint]], retuned: bool
-) -> Iterator[list[dict]]:
+def _best_of_each(name: str, grid: Sequence[Point]) -> list[Point]:
+    """The best points among those of each value of one setting, the smallest value first."""
+    of_value: dict = {}
+    for point in sorted(grid, key=operator.attrgetter(name)):
+        of_value.setdefault(getattr(point, name), []).append(point)
+    return [best(points) for points in of_value.values()]
+
+
+def _evaluated(data: TuningData, curves: Sequence[Sequence[KNNGridPoint]]) -> Iterator[list[dict]]:
     """The points of each curve with their perplexity here and on the split that is tuned on."""
     points = sorted({point for curve in curves for point in curve})
-    results = {point: point.perplexity for point in points}
-    if retuned:
-        prefixes = Prefixes(data, sorted({point.k for point in points}))
-        for temperature in sorted({point.temperature for point in points}):
-            scores = dict(zip(prefixes.ks, prefixes.log_p_knn(temperature)))
-            for point in points:
-                if point.temperature == temperature:
-                    (results[point],) = mixture_perplexities(
-                        data.log_p_lm, scores[point.k], [point.knn_lambda]
-                    )
+    prefixes = Prefixes(data, sorted({point.k for point in points}))
+    rows = {}
+    for temperature in sorted({point.temperature for point in points}):
+        scores = dict(zip(prefixes.ks, prefixes.log_p_knn(temperature)))
+        for point in points:
+            if point.temperature == temperature:
+                mixed = mix(data.log_p_lm, scores[point.k], knn_lambda=point.knn_lambda)
+                rows[point] = {
+                    **point._asdict(),
+                    **perplexity_with_bounds(data, mixed),
+                    "tuned_perplexity": point.perplexity,
+                }
     for curve in curves:
-        yield [
-            {
-                **point._asdict(),
-                "perplexity": results[point],
-                "tuned_perplexity": point.perplexity,
-            }
-            for point in curve
-        ]
+        yield [rows[point] for point in curve]
 
 
-def _lambda_curve(log_p_lm: torch.Tensor, scores: torch.Tensor, chosen: float) -> Iterator[dict]:
-    lambdas = sorted({chosen, *(step / _LAMBDAS for step in range(_LAMBDAS))})
-    for knn_lambda, result in zip(lambdas, mixture_perplexities(log_p_lm, scores, lambdas)):
-        yield {"knn_lambda": knn_lambda, "perplexity": result}
+def _lambda_curve(data: TuningData, scores: torch.Tensor, chosen: float) -> Iterator[dict]:
+    for knn_lambda in sorted({chosen, *(step / _LAMBDAS for step in range(_LAMBDAS))}):
+        mixed = mix(data.log_p_lm, scores, knn_lambda=knn_lambda)
+        yield {"knn_lambda": knn_lambda, **perplexity_with_bounds(data, mixed)}
 
 
 def _targets_found(matches: torch.Tensor, ks: Sequence[int]) -> Iterator[dict]:
@@ -147,25 +152,70 @@ def _targets_found(matches: torch.Tensor, ks: Sequence[int]) -> Iterator[dict]:
 # -- tokens ----------------------------------------------------------------------------------------
 
 
-def _by_frequency(frequencies, log_p_lm, mixed, document_starts) -> Iterator[dict]:
-    """Perplexity by how often the target is in the training text: 0, 1-9, 10-99, ..."""
-    digits = np.where(frequencies > 0, np.floor(np.log10(np.maximum(frequencies, 1))) + 1, 0)
-    for digit in np.unique(digits).astype(int).tolist():
-        rows = np.flatnonzero(digits == digit)
-        starts = np.searchsorted(rows, document_starts)
-        change = paired_interval(log_p_lm[rows], mixed[rows], starts[starts < len(rows)])
-        yield {
-            "lowest": 10 ** (digit - 1) if digit else 0,
-            "highest": 10**digit - 1 if digit else 0,
+class _Targets:
+    """The targets of a text, ``<unk>`` apart: it stands for many words, and is among the most
+    frequent tokens where each of them is rare.
+
+    Args:
+        data (TuningData): with targets and documents.
+        mixed (Tensor): shape (N,), log p of the targets by the mixture.
+        counts (ndarray): shape (V,), how often each token is in the datastore.
+        dictionary: fairseq's.
+    """
+
+    def __init__(self, data: TuningData, mixed: torch.Tensor, counts: np.ndarray, dictionary):
+        self._targets, self._document_starts = data.targets.numpy(), data.document_starts
+        self._log_p_lm, self._mixed = data.log_p_lm.double().numpy(), mixed.double().numpy()
+        self.log_ratios = self._mixed - self._log_p_lm
+        self._counts, self._dictionary = counts, dictionary
+        self._is_known = self._targets != dictionary.unk()
+
+    def by_frequency(self) -> Iterator[dict]:
+        """Perplexity by how often the target is in the datastore: 0, 1-9, 10-99, ..."""
+        frequencies = self._counts[self._targets]
+        digits = np.where(frequencies > 0, np.floor(np.log10(np.maximum(frequencies, 1))) + 1, 0)
+        for digit in np.unique(digits[self._is_known]).astype(int).tolist():
+            yield {
+                "lowest": 10 ** (digit - 1) if digit else 0,
+                "highest": 10**digit - 1 if digit else 0,
+                **self._of(self._is_known & (digits == digit)),
+            }
+
+    def known_and_unknown(self) -> Iterator[dict]:
+        """Perplexity of the words that the model knows, and of ``<unk>``, if there is any."""
+        for words, which in (("known", self._is_known), ("<unk>", ~self._is_known)):
+            if which.any():
+                yield {"words": words, **self._of(which)}
+
+    def _of(self, which: np.ndarray) -> dict:
+        """What neighbours change of some of the targets; *which*: shape (N,), bool."""
+        rows = np.flatnonzero(which)
+        log_p_lm, mixed = self._log_p_lm[rows], self._mixed[rows]
+        return {
             "tokens": len(rows),
-            "share": len(rows) / len(frequencies),
-            "base_perplexity": perplexity(log_p_lm[rows]),
-            "knn_perplexity": perplexity(mixed[rows]),
-            "relative_change": change.value,
-            "low": change.low,
-            "high": change.high,
-            "nats": float((mixed[rows] - log_p_lm[rows]).sum()),
+            "share": len(rows) / len(which),
+            "base_perplexity": perplexity(log_p_lm),
+            "knn_perplexity": perplexity(mixed),
+            **change_between(log_p_lm, mixed, starts_within(rows, self._document_starts)),
+            "nats": float((mixed - log_p_lm).sum()),
         }
+
+    def extreme_types(self) -> Iterator[dict]:
+        """The words that gain most and those that lose most, all their occurrences together."""
+        targets = self._targets[self._is_known]
+        nats = np.bincount(targets, self.log_ratios[self._is_known], len(self._counts))
+        seen = np.bincount(targets, minlength=len(self._counts))
+        order = np.argsort(nats, kind="stable")
+        lost = [token for token in order[:_EXTREME_TYPES] if nats[token] < 0]
+        gained = [token for token in order[::-1][:_EXTREME_TYPES] if nats[token] > 0]
+        for token in gained + lost:
+            yield {
+                "token": self._dictionary[token],
+                "nats": float(nats[token]),
+                "occurrences": int(seen[token]),
+                "training_count": int(self._counts[token]),
+                "mean_log_ratio": float(nats[token] / seen[token]),
+            }
 
 
 def _helped_or_hurt(log_ratios: np.ndarray) -> dict:
@@ -196,21 +246,4 @@ def _histogram(log_ratios: np.ndarray) -> Iterator[dict]:
             "to": round((number + 1) * BIN_NATS, 1) if number < last else None,
             "tokens": int(count),
             "nats": float(total),
-        }
-
-
-def _extreme_types(targets, log_ratios, counts, symbols) -> Iterator[dict]:
-    """The targets that gain most and those that lose most, all their occurrences together."""
-    nats = np.bincount(targets, log_ratios, len(counts))
-    seen = np.bincount(targets, minlength=len(counts))
-    order = np.argsort(nats, kind="stable")
-    lost = [token for token in order[:_EXTREME_TYPES] if nats[token] < 0]
-    gained = [token for token in order[::-1][:_EXTREME_TYPES] if nats[token] > 0]
-    for token in gained + lost:
-        yield {
-            "token": symbols[token],
-            "nats": float(nats[token]),
-            "occurrences": int(seen[token]),
-            "training_count": int(counts[token]),
-            "mean_log_ratio": float(nats[token] / seen[token]),
         }

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from ..neighbors import Neighbors
+from ..progress import track
 from .near_pairs import center_of
 from .ordering import in_order
 from .searcher import Batch, CheckRows, gather, trust
@@ -80,7 +81,8 @@ class ExhaustiveSearch:
         rows = max(1, _PRODUCTS[self._device.type] // _KEYS)
         parts = [_Nearest(part, k) for part in queries.split(rows) if len(part)]
         with _full_precision():
-            for first, block in self._blocks():
+            count = -(-len(self._keys) // _KEYS)
+            for first, block in track("neighbours", self._blocks(), count):
                 block = block.float() - self._center
                 # |k|^2 - 2 qk orders as the distance does: |q|^2 is the same for all keys.
                 norms = block.square().sum(1) if self._is_l2 else block.new_zeros(len(block))

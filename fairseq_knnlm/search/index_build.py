@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import time
 from collections.abc import Iterator
 
 import numpy as np
@@ -10,7 +11,9 @@ from ..arguments import check_arguments
 from ..errors import UserError
 from ..fields import one_of
 from ..options import METRICS
-from .factory import describe, make_index, training_rows
+from ..progress import track
+from ..units import in_time
+from .factory import describe, inverted_file, make_index, training_rows
 from .faiss_import import faiss
 from .searcher import CheckRows, trust
 
@@ -21,11 +24,14 @@ PART_ROWS = 1 << 23
 PART_SHARE = 0.5
 BLOCK_BYTES = 1 << 26
 _SEED = 1234
+# Keys that a duration is extrapolated from, and the shortest one that is worth a word.
+_TRIED_ROWS = 4096
+_WORTH_SAYING_S = 5.0
 
 
 def _blocks(keys: np.ndarray, start: int, stop: int, check_rows: CheckRows) -> Iterator[np.ndarray]:
     """Rows of *keys* as float32, in blocks of bounded memory."""
-    step = max(1, BLOCK_BYTES // (4 * keys.shape[1]))
+    step = _block_rows(keys)
     for begin in range(start, stop, step):
         block = keys[begin : min(begin + step, stop)]
         check_rows(range(begin, begin + len(block)))
@@ -34,6 +40,10 @@ def _blocks(keys: np.ndarray, start: int, stop: int, check_rows: CheckRows) -> I
             flat = np.fromfile(keys.filename, keys.dtype, block.size, offset=offset)
             block = flat.reshape(block.shape)
         yield np.asarray(block, dtype=np.float32)
+
+
+def _block_rows(keys: np.ndarray) -> int:
+    return max(1, BLOCK_BYTES // (4 * keys.shape[1]))
 
 
 def training_sample(keys: np.ndarray, size: int) -> np.ndarray:
@@ -76,7 +86,7 @@ def _train(index, keys: np.ndarray, report) -> None:
     if index.is_trained:
         return
     sample = training_sample(keys, training_rows(index, len(keys)))
-    report(f"training the index on {len(sample):,} keys")
+    report(f"training the index on {len(sample):,} keys{_expected(index, sample)}")
     try:
         index.train(sample)
     except RuntimeError as error:
@@ -85,6 +95,22 @@ def _train(index, keys: np.ndarray, report) -> None:
             f"FAISS cannot train this --knn-index on {len(sample)} keys ({reason}); "
             "use fewer lists, or Flat"
         ) from None
+
+
+def _expected(index, sample: np.ndarray) -> str:
+    """How long the training of an inverted file will take, in words; FAISS does not say how far.
+
+    Nearly all of it is k-means: the distances of every key to all centroids, again and again.
+    """
+    ivf = inverted_file(index)
+    if ivf is None:
+        return ""
+    rows, centroids = sample[:_TRIED_ROWS], sample[: ivf.nlist].T
+    rows @ centroids  # the first product starts threads
+    started = time.monotonic()
+    rows @ centroids
+    seconds = (time.monotonic() - started) * len(sample) / len(rows) * (ivf.cp.niter + 1)
+    return "" if seconds < _WORTH_SAYING_S else f", about {in_time(seconds)}"
 
 
 def build_index(
@@ -126,15 +152,25 @@ def build_index(
         index = make_index(factory, keys.shape[1], metric)
         _train(index, keys, report)
         save(index, begun_path)
-    # One index is filled, and no parts are merged: FAISS cannot merge every kind of index, and
-    # leaves bytes of merged fast-scan codes uninitialised.
+    report(f"adding {len(keys) - index.ntotal:,} keys to the index")
+    count = -(-(len(keys) - index.ntotal) // _block_rows(keys))
+    for block in track("index", _saved_blocks(index, keys, path, begun_path, check_rows), count):
+        _add(index, block)
+    return describe(index, factory, metric)
+
+
+def _saved_blocks(
+    index, keys: np.ndarray, path: str, begun_path: str, check_rows: CheckRows
+) -> Iterator[np.ndarray]:
+    """The keys that are not in the index yet; it is saved whenever a part of them has been added.
+
+    One index is filled, and no parts are merged: FAISS cannot merge every kind of index, and leaves
+    bytes of merged fast-scan codes uninitialised.
+    """
     while index.ntotal < len(keys):
         stop = part_end(index.ntotal, len(keys))
-        for block in _blocks(keys, index.ntotal, stop, check_rows):
-            _add(index, block)
-            report(f"indexed {index.ntotal:,} of {len(keys):,} keys")
+        yield from _blocks(keys, index.ntotal, stop, check_rows)
         save(index, begun_path if stop < len(keys) else path)
-    return describe(index, factory, metric)
 
 
 def part_end(done: int, count: int) -> int:

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from ..neighbors import Neighbors
+from ..progress import track
 from .devices import GPU_MAX_K, to_gpu
 from .factory import inverted_file
 from .faiss_import import faiss
@@ -99,7 +100,8 @@ class IndexSearch:
         count = self._candidates(k)
         step = max(1, min(len(queries), _CALL_BYTES // (_ENTRY_BYTES * count)))
         room = np.empty((step, count), np.float32), np.empty((step, count), np.int64)
-        for start in range(0, len(queries), step):
+        starts = range(0, len(queries), step)
+        for start in track("neighbours", starts, len(starts)):
             part = queries[start : start + step]
             candidates, order = self._candidate_search(part, count, room)
             places = order.argsort()

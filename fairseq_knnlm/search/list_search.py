@@ -20,6 +20,7 @@ import torch
 from numpy.lib.stride_tricks import sliding_window_view
 
 from ..neighbors import Neighbors
+from ..progress import track
 from . import near_pairs
 from .inverted_lists import InvertedLists, pair_distances
 from .list_blocks import (
@@ -172,7 +173,9 @@ class ListSearch:
             for block in self._blocks(sides, groups, number, stride):
                 visit(block)
 
-        list(pool.map(visit_list, groups.lists))
+        what = f"neighbours, pass {2 if stride == 1 else 1} of 2"
+        for _ in track(what, pool.map(visit_list, groups.lists), len(groups.lists)):
+            pass
 
     def _blocks(self, sides, groups: Groups, number: int, stride: int) -> Iterator[Block]:
         """The blocks of a list; each is in the memory of the one before."""

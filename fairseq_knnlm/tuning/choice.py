@@ -21,6 +21,7 @@ from ..probability.metrics import perplexity
 from ..probability.mixture import mix
 from ..scoring.settings import Settings, flag_of, refuse_impossible
 from ..scoring.words import log_probs_of_words
+from ..units import in_time
 from ..version import __version__
 from .cache_sweep import CacheSweep, log_p_cache
 from .grid import CacheGridPoint, KNNGridPoint, best, of_larger_units
@@ -44,12 +45,14 @@ class Chosen(NamedTuple):
     knn (KNNGridPoint): neighbours; None without a datastore.
     cache (CacheGridPoint): a cache; None without one.
     knn_cache (CacheGridPoint): a cache besides these neighbours; None without either.
+    cache_grid (list of CacheGridPoint): all that was tried for *knn_cache*.
     """
 
     given: Settings
     knn: Optional[KNNGridPoint] = None
     cache: Optional[CacheGridPoint] = None
     knn_cache: Optional[CacheGridPoint] = None
+    cache_grid: Sequence[CacheGridPoint] = ()
 
     def points(self) -> dict:
         """Those that there are, by their names in JSON."""
@@ -119,14 +122,16 @@ class Chosen(NamedTuple):
         sweep = CacheSweep(data, *self._cache_settings(), scores)
         sweep.run(sizes, thetas)
         of_units = functools.partial(of_larger_units, tokens_per_unit=tokens_per_unit)
+        cache_grid = list(map(of_units, sweep.with_knn))
         chosen = self._replace(
             cache=of_units(best(sweep.alone)),
-            knn_cache=of_units(best(sweep.with_knn)) if self.knn else None,
+            knn_cache=best(cache_grid) if self.knn else None,
+            cache_grid=cache_grid,
         )
         point = chosen.knn_cache or chosen.cache
         logger.info(
-            f"{len(sweep.alone)} caches in {time.monotonic() - started:.1f} s; best: size "
-            f"{point.cache_size}, theta {point.cache_theta:g}, weight {point.cache_lambda:g}"
+            f"{len(sweep.alone)} caches in {in_time(time.monotonic() - started)}; best: size "
+            f"{point.cache_size:,}, theta {point.cache_theta:g}, weight {point.cache_lambda:g}"
             + (f", lambda {point.knn_lambda:g}" if self.knn else "")
         )
         return chosen

@@ -17,6 +17,7 @@ from ..probability.log_sums import LogShares
 from ..probability.metrics import perplexity
 from ..probability.mixture import mix
 from ..probability.weights import best_weights
+from ..progress import track
 from .grid import KNNGridPoint, best
 from .tuning_data import TuningData
 
@@ -203,7 +204,7 @@ def sweep(
     points: list[KNNGridPoint] = []
 
     def add(*more):
-        for temperature in more:
+        for temperature in track("temperatures", more, len(more)):
             points.extend(_points_at(prefixes, temperature, lambdas))
 
     if temperatures is not None:

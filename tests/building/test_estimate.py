@@ -15,6 +15,7 @@ from fairseq_knnlm.datastore.manifest import INDEX, KEYS, VALUES
 from fairseq_knnlm.errors import UserError
 from fairseq_knnlm.search import index_build
 from fairseq_knnlm.search.index_cost import estimate_cost
+from fairseq_knnlm.units import in_bytes
 
 COUNT, DIMENSION, TYPES = 20_000, 32, 70_000
 
@@ -63,16 +64,18 @@ def test_what_is_there_already_counts_as_room_but_not_what_was_never_written(tmp
     assert free_bytes(str(folder)) < free + (1 << 41)
 
 
-def test_the_parts_of_the_memory_are_added_up(capsys):
-    costs = Estimate({KEYS: 5, VALUES: 2}, training=1 << 43, building=1 << 42, loaded=1 << 41)
-    lines = dict(
-        (line[:22].strip(), line[22:42].strip().replace(",", ""))
-        for line in table(costs, 3, 100, 1 << 40, None).splitlines()
-    )
-    assert lines["keys.npy"] == "5"
-    assert int(lines["training the index"]) == int(lines["together, about"])  # the last of two
-    assert int(lines["building the index"]) - int(lines["training the index"]) == -(1 << 42)
-    assert 3 << 40 < int(lines["evaluation, k 1024"]) < 1 << 42
+def test_the_parts_of_the_memory_are_added_up():
+    costs = Estimate({KEYS: 5, VALUES: 2}, training=1 << 53, building=1 << 52, loaded=1 << 51)
+    lines = {
+        line[:22].strip(): line[22:34].strip()
+        for line in table(costs, 3, 100, 1 << 50, None).splitlines()
+    }
+    assert lines["keys.npy"] == "5 bytes"
+    assert lines["together"] == "7 bytes"
+    # The process itself is less than what is rounded away.
+    assert lines["training the index"] == lines["together, about"] == in_bytes(1 << 53)
+    assert lines["building the index"] == in_bytes(1 << 52)
+    assert lines["evaluation, k 1024"] == in_bytes((1 << 51) + (1 << 50))
 
 
 def test_the_command_says_what_the_build_then_takes(data, checkpoints, tmp_path, capsys):
@@ -84,7 +87,8 @@ def test_the_command_says_what_the_build_then_takes(data, checkpoints, tmp_path,
     count = len(np.load(tmp_path / "d" / VALUES))
     assert f"{count:,} entries of 32 dimensions, index Flat" in printed
     for name in (KEYS, VALUES):
-        assert f"  {name:<20}{os.path.getsize(tmp_path / 'd' / name):>20,}\n" in printed
+        size = in_bytes(os.path.getsize(tmp_path / "d" / name))
+        assert f"  {name:<20}{size:>12}\n" in printed
     assert "tokens/s on one process" in printed
 
 
@@ -94,10 +98,20 @@ def command(directory, *flags):
     call(build_command.main, *words)
 
 
-def test_sizes_stand_for_a_text_and_a_checkpoint(tmp_path, capsys):
-    command(tmp_path / "d", "--estimate", "--entries", 12345, "--dimension", 16)
+@pytest.mark.parametrize("entries", ["12345", "12,345", "1.2345e4"])
+def test_sizes_stand_for_a_text_and_a_checkpoint(entries, tmp_path, capsys):
+    command(tmp_path / "d", "--estimate", "--entries", entries, "--dimension", 16)
     assert "12,345 entries of 16 dimensions" in capsys.readouterr().out
     assert not (tmp_path / "d").exists()
+
+
+@pytest.mark.parametrize("entries", ["1.5", "many", "inf", "nan", "1e-1"])
+def test_parts_of_an_entry_are_refused(entries, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        command(tmp_path / "d", "--estimate", "--entries", entries, "--dimension", 16)
+    assert f"expected a whole number, such as 100000000 or 1e8, got '{entries}'" in (
+        capsys.readouterr().err
+    )
 
 
 @pytest.mark.parametrize(
@@ -114,6 +128,6 @@ def test_half_of_the_sizes_is_refused(flags, tmp_path):
 
 
 def test_a_disk_too_small_fails_the_estimate(tmp_path, capsys):
-    with pytest.raises(UserError, match="needs about .* bytes .* its disk has"):
+    with pytest.raises(UserError, match="needs about .* TB .* more than its disk has free"):
         command(tmp_path / "d", "--estimate", "--entries", 4 * 10**9, "--dimension", 65536)
     assert "together" in capsys.readouterr().out

@@ -8,6 +8,7 @@ import types
 
 import numpy as np
 import pytest
+import torch
 from helpers import oracle
 from helpers.commands import build, call, command, knnlm, run
 from helpers.page import Page
@@ -21,9 +22,9 @@ K, LAMBDA, TEMPERATURE = 12, 0.3, 4.0
 
 @pytest.fixture
 def look(data, checkpoints, datastores, tmp_path, capsys):
-    """Run the command in this process; gives what it writes as JSON, and what it prints."""
+    """Run the command in this process; gives what it writes as JSON and prints, or the text."""
 
-    def look_at(*flags, name="plain", datastore=None):
+    def look_at(*flags, name="plain", datastore=None, as_text=False):
         written = tmp_path / "inspected.json"
         capsys.readouterr()
         call(
@@ -31,9 +32,10 @@ def look(data, checkpoints, datastores, tmp_path, capsys):
             "--knn-datastore", datastore or datastores[name],
             "--knn-k", K, "--knn-lambda", LAMBDA, "--knn-temperature", TEMPERATURE, "--cpu",
             "--tokens-per-sample", 32, "--num-workers", 0, "--log-format", "none",
-            "--json", written, *flags,
+            *(() if as_text else ("--json", written)), *flags,
         )  # fmt: skip
-        return {**json.loads(written.read_text()), "printed": capsys.readouterr().out}
+        printed = capsys.readouterr().out
+        return printed if as_text else {**json.loads(written.read_text()), "printed": printed}
 
     return look_at
 
@@ -84,6 +86,39 @@ def test_probabilities_are_those_of_the_oracle(look, data, checkpoints, datastor
         assert distances == sorted(distances)
         assert np.dot(weights, same) == pytest.approx(token["p_knn"], abs=1e-5)
         assert sum(same) == token["matching"]
+
+
+@pytest.mark.parametrize("name", ["plain", "adaptive"])
+def test_what_the_model_would_have_said_is_the_top_of_its_softmax(look, data, checkpoints, name):
+    """Against fairseq's own distribution over the whole vocabulary."""
+    result = look("--positions", "64:96", name=name)  # the third block of 32
+    task, model = oracle.load(data, checkpoints[name], 32)
+    with oracle.numpy_compat():
+        task.load_dataset("valid")
+    block = task.dataset("valid")[2]
+    with torch.no_grad():
+        logits = model(block["source"][None])
+        p_lm = model.get_normalized_probs(logits, log_probs=False)[0]
+    for token, expected in zip(result["tokens"], p_lm):
+        largest = expected.topk(5)
+        found = token["lm_guesses"]
+        assert [guess["p"] for guess in found] == pytest.approx(largest.values.tolist(), rel=1e-4)
+        for guess in found:
+            index = task.target_dictionary.index(guess["token"])
+            assert guess["p"] == pytest.approx(expected[index].item(), rel=1e-4)
+            assert guess["matches"] == (guess["token"] == token["text"])
+
+
+def test_what_the_memory_would_have_said_is_the_top_of_p_knn(look):
+    """All neighbours are shown: their weights add up to the probabilities of what they say."""
+    for token in look("--positions", "0:60", "--knn-show-neighbors", K)["tokens"]:
+        sums = {}
+        for neighbor in token["neighbors"]:
+            sums[neighbor["token"]] = sums.get(neighbor["token"], 0.0) + neighbor["weight"]
+        found = [guess["p"] for guess in token["knn_guesses"]]
+        assert found == pytest.approx(sorted(sums.values(), reverse=True)[:5], abs=1e-6)
+        for guess in token["knn_guesses"]:
+            assert guess["p"] == pytest.approx(sums[guess["token"]], abs=1e-6)
 
 
 def test_positions_with_a_context_window(look, data, checkpoints, datastores):
@@ -191,7 +226,7 @@ def test_neighbors_of_several_datastores(look, data, checkpoints, datastores, tm
     for neighbor in neighbors:
         value = values[neighbor["datastore"]][neighbor["row"]]
         assert task.target_dictionary[int(value)] == neighbor["token"]
-    assert "datastore 2, document" in result["printed"]
+    assert "datastore 2, document" in look("--positions", "0:10", datastore=both, as_text=True)
 
 
 def test_an_empty_name_is_no_datastore(look, datastores):
@@ -199,7 +234,17 @@ def test_an_empty_name_is_no_datastore(look, datastores):
     alone = look("--positions", "0:10")
     result = look("--positions", "0:10", datastore=f"{datastores['plain']}:")
     assert result["tokens"] == alone["tokens"]
-    assert "datastore 1," not in result["printed"] and "line " in result["printed"]
+    printed = look("--positions", "0:10", datastore=f"{datastores['plain']}:", as_text=True)
+    assert "datastore 1," not in printed and "line " in printed
+
+
+def test_a_summary_is_printed_where_the_rest_is_written(look, tmp_path):
+    result = look("--positions", "0:300", "--html", tmp_path / "page.html")
+    lines = result["printed"].splitlines()
+    assert re.search(r"300 tokens, perplexity [\d.]+ without neighbours, [\d.]+ with", lines[0])
+    written = [line for line in lines if line.startswith("written to ")]
+    assert written == [f"written to {tmp_path / name}" for name in ("page.html", "inspected.json")]
+    assert len(lines) < 10 < 300 < len(look("--positions", "0:300", as_text=True).splitlines())
 
 
 def test_a_datastore_without_the_lines_between_documents(

@@ -50,6 +50,19 @@ def test_log_p_is_fairseqs(model_and_sample):
         assert encoded.keys is None and encoded.log_normalizer is None
 
 
+def test_the_most_probable_tokens_are_those_of_fairseqs_softmax(model_and_sample):
+    model, sample = model_and_sample
+    every = stock_log_probs(model, sample)
+    for softmax_batch in (0, 7):
+        encoded = encode(model, sample, softmax_batch=softmax_batch, top=6)
+        expected = every.topk(6, dim=1).values
+        torch.testing.assert_close(encoded.top_log_p_lm, expected, rtol=1e-5, atol=1e-5)
+        of_ids = every.gather(1, encoded.top_ids)  # whichever of equal ones it is
+        torch.testing.assert_close(of_ids, expected, rtol=1e-5, atol=1e-5)
+        assert all(len(set(row)) == 6 for row in encoded.top_ids.tolist())
+    assert encode(model, sample).top_ids is None
+
+
 def test_the_log_normalizer_joins_logits_to_log_p(model_and_sample):
     """A logit less the log-normaliser is the log-probability of its word."""
     model, sample = model_and_sample

@@ -1,42 +1,86 @@
-"""The table that the demonstration ends with."""
+"""What the demonstration ends with: its table, its plot and the pages that it links."""
 
 import importlib.util
+import json
 
 import pytest
 from helpers.commands import REPOSITORY
+from matplotlib.figure import Figure
+
+EXAMPLES = REPOSITORY / "examples"
 
 
-@pytest.fixture(scope="module")
-def report():
-    """The module of the demonstration's report, which is in no package."""
-    path = REPOSITORY / "examples" / "sotu" / "report.py"
-    spec = importlib.util.spec_from_file_location("sotu_report", path)
+@pytest.fixture
+def report(monkeypatch):
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    spec = importlib.util.spec_from_file_location("sotu_report", EXAMPLES / "sotu" / "report.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
 
 
-def lines_of(report, low, high, units, unit):
-    change = {"value": -0.1, "low": low, "high": high, "units": units, "unit": unit}
-    measured = {
-        **{f"{name}_perplexity": 100.0 for name, _, _ in report.METHODS},
-        **{name: change for _, name, _ in report.METHODS if name},
-        report.BESIDES: change,
-        "tokens": 5000,
-    }
-    knn = {"k": 8, "temperature": 3.0, "knn_lambda": 0.3}
-    both = {"cache_size": 20, "cache_theta": 0.1, "cache_lambda": 0.1, "knn_lambda": 0.3}
-    results = {"valid": measured, "test": measured, "knn": knn, "knn_cache": both, "seconds": {}}
-    return list(report.table(results))
+def change(value, units=13, unit="documents", half_width=0.05):
+    """A change as ``fairseq-knnlm-tune`` writes it; without bounds where *half_width* is None."""
+    low, high = (None, None) if half_width is None else (value - half_width, value + half_width)
+    return {"value": value, "low": low, "high": high, "units": units, "unit": unit}
 
 
-def test_intervals_say_what_they_are_of(report):
-    lines = lines_of(report, -0.12, -0.08, 13, "documents")
-    assert sum(line.endswith("-10.0%  -12.0% to -8.0%") for line in lines) == 4
+def tuned(**changed):
+    """What ``fairseq-knnlm-tune`` writes."""
+    result = {
+        "tokens": 1000, "base_perplexity": 100.0,
+        "cache_perplexity": 90.0, "cache_change": change(-0.1),
+        "knn_perplexity": 80.0, "relative_change": change(-0.2),
+        "knn_cache_perplexity": 70.0, "knn_cache_change": change(-0.3),
+        "knn_cache_change_from_knn": change(-0.125), **changed,
+    }  # fmt: skip
+    best = {"k": 8, "temperature": 4.0, "knn_lambda": 0.25, "perplexity": 80.0}
+    grid = [{**best, "k": k, "perplexity": 100.0 - k} for k in (1, 2, 4)] + [best]
+    cache = {"cache_size": 500, "cache_theta": 0.1, "cache_lambda": 0.1, "knn_lambda": 0.2}
+    return {
+        "tuned_on": {"split": "valid", **result}, "reported_on": {"split": "test", **result},
+        "best": best, "best_knn_cache": cache, "grid": grid,
+    }  # fmt: skip
+
+
+EVALUATED = {"base": (1000, 100.0), "knn": (1000, 80.0), "knn_cache": (1000, 70.0)}
+
+
+def test_the_end_names_every_file(report, tmp_path, capsys):
+    pages = {"report": tmp_path / "r" / "report.html", "a passage": tmp_path / "p.html"}
+    report.write_report(tmp_path, tuned(), EVALUATED, {"train": 1.0}, pages)
+    printed = capsys.readouterr().out
+    for page in pages.values():
+        assert page.as_uri() in printed  # a terminal makes links of these
+    assert "results.json" in printed and "perplexity.png" in printed
+    assert json.loads((tmp_path / "results.json").read_text())["test"]["tokens"] == 1000
+    assert (tmp_path / "perplexity.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_no_interval_of_few_units(report):
+    changes = ("cache_change", "relative_change", "knn_cache_change", "knn_cache_change_from_knn")
+    few = dict.fromkeys(changes, change(-0.3, 6, "blocks", half_width=None))
+    lines = list(report.table(report.collect(tuned(**few), EVALUATED, {})))
+    rows = [line for line in lines if "%" in line and "95%" not in line]
+    assert len(rows) == 4 and all(row.endswith("-30.0%  none") for row in rows)
+    assert "intervals: none, 6 blocks of test are too few" in lines
+    lines = list(report.table(report.collect(tuned(), EVALUATED, {})))
+    (row,) = (line for line in lines if "+ nearest neighbours  " in line)
+    assert row.endswith("-20.0%  -25.0% to -15.0%")
     assert "intervals: paired bootstrap over 13 documents of test" in lines
 
 
-def test_too_few_units_have_no_interval(report):
-    lines = lines_of(report, None, None, 6, "blocks")
-    assert sum(line.endswith("-10.0%  none") for line in lines) == 4
-    assert "intervals: none, 6 blocks of test are too few" in lines
+@pytest.mark.parametrize("half_width, intervals", [(0.05, 3), (None, 2)])
+def test_the_plot_has_every_method_and_its_interval(report, half_width, intervals):
+    results = tuned(knn_cache_change=change(-0.3, half_width=half_width))
+    axes = Figure().add_subplot()
+    report.plot_methods(axes, results["reported_on"])
+    assert [label.get_text() for label in axes.get_yticklabels()] == [
+        words for _, _, words in report.METHODS
+    ]
+    lines = [line.get_xdata() for line in axes.get_lines()]
+    points = [float(x[0]) for x in lines if len(x) == 1]
+    spans = [list(x) for x in lines if len(x) == 2 and x[0] != x[1]]
+    assert points == [100.0, 90.0, 80.0, 70.0]
+    assert len(spans) == intervals and spans[1] == pytest.approx([75.0, 85.0])
+    assert axes.get_legend() is None  # methods are named beside the axis

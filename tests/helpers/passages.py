@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from fairseq_knnlm.inspection.tokens import Memory, Passage, Token
+from fairseq_knnlm.inspection.tokens import Guess, Memory, Passage, Token
 
 
 def make_passage(texts=("<script>alert(1)</script>", "&amp;", "</s>", '"x"'), log_ratio=0.5):
@@ -12,7 +12,7 @@ def make_passage(texts=("<script>alert(1)</script>", "&amp;", "</s>", '"x"'), lo
     )
     tokens = [
         Token(i, text, i == 1, text == "</s>", 0.1, 0.2, 0.1 * np.exp(log_ratio), log_ratio, 3,
-              [memory])
+              [memory], [Guess("<u>'", 0.3, False)], [Guess('"&gt;', 0.2, True)])
         for i, text in enumerate(texts)
     ]  # fmt: skip
     settings = {"checkpoint": "<c>.pt", "datastore": "d&e", "k": 9, "lambda": 0.5}

@@ -7,17 +7,24 @@ import torch
 
 from fairseq_knnlm.reporting.sizes import tune_sizes
 from fairseq_knnlm.reporting.tables import make_tables
-from fairseq_knnlm.tuning.grid import best
+from fairseq_knnlm.tuning.grid import CacheGridPoint, best
 from fairseq_knnlm.tuning.knn_sweep import sweep
 from fairseq_knnlm.tuning.tuning_data import TuningData, parts_of
 from helpers.oracle import knn_log_probs, perplexity
-from helpers.small import all_distances, random_keys
+from helpers.small import all_distances, make_dictionary, random_keys
 
 ENTRIES, ROWS, K, TYPES = 2000, 300, 64, 24
 KEYS = random_keys(1, ENTRIES, 6)
 # Most tokens are those of one cluster of keys each, two are rarer, and two never occur.
 VALUES = np.random.default_rng(1).integers(20, size=ENTRIES)
 VALUES[:5], VALUES[5:35] = 20, 21
+# Of a cache: the best has 200 positions and theta 0.5.
+CACHE_GRID = [
+    CacheGridPoint(size, theta, 0.1, 0.2, perplexity)
+    for size, theta, perplexity in (
+        (100, 0.5, 9.0), (200, 0.5, 8.0), (100, 2.0, 8.5), (200, 2.0, 8.75),
+    )
+]  # fmt: skip
 # Seeds of the two splits.
 TUNED_ON, REPORTED_ON = 3, 4
 
@@ -54,11 +61,11 @@ def make_study():
     grid = sweep(tuned_on, [1, 8, K], [0.5, 2.0, 8.0])
     sizes = tune_sizes(tuned_on, best(grid).temperature)
     counts = np.bincount(VALUES, minlength=TYPES)
-    symbols = [f"w{token}" for token in range(TYPES)]
-    tables = make_tables(grid, reported_on, True, sizes, counts, symbols)
+    dictionary = make_dictionary(TYPES - 4)  # fairseq's own four are tokens like any other here
+    tables = make_tables(grid, CACHE_GRID, reported_on, sizes, counts, dictionary)
     return types.SimpleNamespace(
         tuned_on=tuned_on, reported_on=reported_on, grid=grid, best=best(grid), sizes=sizes,
-        tables=tables,
+        tables=tables, counts=counts, dictionary=dictionary,
     )  # fmt: skip
 
 

@@ -30,4 +30,13 @@ def test_without_any_neighbor_there_is_no_p_knn():
     (token,) = passage.tokens
     token = token._replace(p_knn=math.nan, matching=0, neighbors=[])
     printed = "\n".join(as_text.render(passage._replace(tokens=[token])))
-    assert re.search(r"p_knn none +mixture 0\.1 +ln \+0\.00$", printed)
+    assert re.search(r"p_knn none +mixture 0\.1 +ln \+0\.00$", printed, re.M)
+
+
+def test_what_they_would_have_said_has_a_line_each_where_it_is_known():
+    passage = make_passage(["w"])
+    assert "         the model says <u>' 0.3" in list(as_text.render(passage))
+    assert '         the memory says "&gt; 0.2' in list(as_text.render(passage))
+    (token,) = passage.tokens
+    unknown = passage._replace(tokens=[token._replace(lm_guesses=[], knn_guesses=[])])
+    assert not any(" says " in line for line in as_text.render(unknown))

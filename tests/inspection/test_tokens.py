@@ -110,6 +110,40 @@ def test_a_row_need_not_be_the_position_in_the_text():
     ]  # fmt: skip
 
 
+def test_what_the_memory_would_have_said_adds_up_equal_values():
+    """exp(-d) is 8, 4, 2, 2, 1 over 17 and 0 for the last, which is no neighbour."""
+    distances = -np.log([[8.0, 4.0, 2.0, 2.0, 1.0, 1.0]])
+    distances[0, 5] = np.inf
+    neighbors = Neighbors(
+        torch.tensor(distances, dtype=torch.float32),
+        torch.tensor([[4, 5, 6, 5, 6, 0]]),
+        torch.tensor([[0, 1, 2, 3, 4, -1]]),
+    )
+    inspector = Inspector([StoredText([4, 5, 6, 5, 6, 2])], make_dictionary(9), 0.25, 1.0)
+    (token,) = inspector.tokens(0, torch.tensor([5]), torch.tensor([-1.0]), neighbors)
+    assert [(guess.token, guess.matches) for guess in token.knn_guesses] == [
+        ("w0", False), ("w1", True), ("w2", False),
+    ]  # fmt: skip
+    assert [guess.p for guess in token.knn_guesses] == pytest.approx([8 / 17, 6 / 17, 3 / 17])
+    assert token.knn_guesses[1].p == pytest.approx(token.p_knn)
+    assert token.lm_guesses == []
+
+
+def test_five_guesses_of_each_and_no_more():
+    values = torch.arange(4, 12)[None]  # eight of them, the first the nearest
+    neighbors = Neighbors(torch.arange(8.0)[None], values, torch.arange(8)[None])
+    inspector = Inspector([StoredText(list(range(4, 12)))], make_dictionary(9), 0.25, 1.0)
+    log_probs = torch.tensor([[0.5, 0.2, 0.1, 0.05, 0.04, 0.03]]).log()
+    top = log_probs, torch.tensor([[9, 8, 7, 6, 5, 4]])
+    (token,) = inspector.tokens(0, torch.tensor([8]), torch.tensor([-1.0]), neighbors, lm_top=top)
+    assert [guess.token for guess in token.knn_guesses] == ["w0", "w1", "w2", "w3", "w4"]
+    assert [guess.token for guess in token.lm_guesses] == ["w5", "w4", "w3", "w2", "w1"]
+    assert [guess.p for guess in token.lm_guesses] == pytest.approx([0.5, 0.2, 0.1, 0.05, 0.04])
+    assert [guess.matches for guess in token.lm_guesses] == [False, True, False, False, False]
+    (written,) = strict_json(json_bytes(Passage("text", {"k": 8}, [token], 1).to_dict()))["tokens"]
+    assert written["lm_guesses"][1] == {"token": "w4", "p": pytest.approx(0.2), "matches": True}
+
+
 @pytest.mark.parametrize(
     "changed, parts",
     [

@@ -4,6 +4,7 @@ import types
 
 import numpy as np
 import pytest
+import torch
 from helpers.study import (
     REPORTED_ON,
     ROWS,
@@ -37,10 +38,44 @@ def test_curves_are_chosen_on_one_split_and_shown_of_another(study, name):
         assert {row["temperature"] for row in rows} == {study.best.temperature}
 
 
-def test_one_split_for_both_takes_the_grid_as_it_is(study):
-    counts = np.bincount(VALUES, minlength=TYPES)
-    rows = make_tables(study.grid, study.tuned_on, False, study.sizes, counts, ["w"] * TYPES)
-    assert all(row["perplexity"] == row["tuned_perplexity"] for row in rows["k"])
+def test_one_split_for_both_has_the_perplexities_of_the_grid(study):
+    shown = make_tables(study.grid, [], study.tuned_on, study.sizes, study.counts, study.dictionary)
+    for row in shown["k"]:
+        assert row["perplexity"] == pytest.approx(row["tuned_perplexity"], rel=1e-6)
+    assert shown["cache_grid"] == shown["cache_size"] == shown["cache_theta"] == []
+
+
+@pytest.mark.parametrize(
+    "name, best",
+    [
+        ("cache_size", [(100, 2.0, 8.5), (200, 0.5, 8.0)]),
+        ("cache_theta", [(200, 0.5, 8.0), (100, 2.0, 8.5)]),
+    ],
+)
+def test_the_curves_over_the_cache(study, name, best):
+    assert [
+        (row["cache_size"], row["cache_theta"], row["perplexity"]) for row in study.tables[name]
+    ] == best
+
+
+@pytest.mark.parametrize("name", ["k", "temperature", "lambda", "size"])
+def test_curves_have_the_interval_of_the_change_from_the_model_alone(study, name):
+    base = np.exp(-study.reported_on.log_p_lm.double().mean().item())
+    for row in study.tables[name]:
+        assert row["perplexity_low"] <= row["perplexity"] <= row["perplexity_high"]
+    if name == "lambda":  # there lambda is 0
+        assert study.tables[name][0]["perplexity_low"] == pytest.approx(base, rel=1e-6)
+
+
+def test_few_documents_have_no_interval(study):
+    few = study.reported_on._replace(document_starts=np.array([0, 200]))  # one block of 300 tokens
+    shown = make_tables(study.grid, [], few, study.sizes, study.counts, study.dictionary)
+    for name in ("k", "k_at_temperature", "temperature", "lambda", "size"):
+        assert {row["perplexity_high"] for row in shown[name]} == {None}
+    for name in ("frequency", "unknown"):
+        for row in shown[name]:
+            assert row["low"] is row["high"] is None
+            assert (row["units"], row["unit"]) == (1, "blocks")
 
 
 def test_the_curve_over_lambda(study):
@@ -63,6 +98,7 @@ def test_targets_found(study):
 
 
 def test_buckets_of_frequency(study):
+    is_known = targets(REPORTED_ON) != study.dictionary.unk()
     counts = np.bincount(VALUES, minlength=TYPES)[targets(REPORTED_ON)]
     log_p_lm = study.reported_on.log_p_lm.double().numpy()
     mixed = log_p_lm + log_ratios(study)
@@ -70,9 +106,9 @@ def test_buckets_of_frequency(study):
     assert [(row["lowest"], row["highest"]) for row in rows] == [
         (0, 0), (1, 9), (10, 99), (100, 999),
     ]  # fmt: skip
-    assert sum(row["tokens"] for row in rows) == ROWS
+    assert sum(row["tokens"] for row in rows) == is_known.sum()
     for row in rows:
-        within = (counts >= row["lowest"]) & (counts <= row["highest"])
+        within = is_known & (counts >= row["lowest"]) & (counts <= row["highest"])
         assert row["tokens"] == within.sum() and row["share"] == within.mean()
         base, knn = np.exp(-log_p_lm[within].mean()), np.exp(-mixed[within].mean())
         assert [row["base_perplexity"], row["knn_perplexity"]] == pytest.approx(
@@ -85,15 +121,28 @@ def test_buckets_of_frequency(study):
     assert rows[0]["relative_change"] == pytest.approx(1 / (1 - study.best.knn_lambda) - 1)
 
 
-def test_a_bucket_of_all_tokens_has_the_interval_of_the_whole():
-    rng = np.random.default_rng(1)
-    log_p_lm, mixed = -rng.random((2, 500))
-    starts = np.arange(0, 500, 25)
-    (row,) = tables._by_frequency(np.full(500, 12), log_p_lm, mixed, starts)
-    whole = paired_interval(log_p_lm, mixed, starts)
-    assert (row["low"], row["high"]) == (whole.low, whole.high)
-    (row,) = tables._by_frequency(np.full(500, 12), log_p_lm, mixed, starts[:3])
-    assert row["low"] is None  # one block
+def test_unknown_words_are_apart(study):
+    is_unknown = targets(REPORTED_ON) == study.dictionary.unk()
+    log_p_lm = study.reported_on.log_p_lm.double().numpy()
+    known, unknown = study.tables["unknown"]
+    assert (known["words"], unknown["words"]) == ("known", "<unk>")
+    assert 0 < unknown["tokens"] == is_unknown.sum() == ROWS - known["tokens"]
+    for row, which in ((known, ~is_unknown), (unknown, is_unknown)):
+        assert row["base_perplexity"] == pytest.approx(np.exp(-log_p_lm[which].mean()))
+        assert row["nats"] == pytest.approx(log_ratios(study)[which].sum(), rel=1e-3)
+    assert "<unk>" not in {row["token"] for row in study.tables["types"]}
+
+
+def test_a_text_of_known_words_has_no_row_of_unknown_ones(study):
+    known = study.reported_on._replace(targets=torch.full((ROWS,), 7))
+    shown = make_tables(study.grid, [], known, study.sizes, study.counts, study.dictionary)
+    (row,) = shown["unknown"]
+    (bucket,) = shown["frequency"]
+    whole = paired_interval(
+        known.log_p_lm, known.log_p_lm + torch.from_numpy(log_ratios(study)), known.document_starts
+    )
+    for each in (row, bucket):  # all tokens are in it
+        assert (each["tokens"], each["units"]) == (ROWS, whole.units)
 
 
 def test_helped_and_hurt(study):
@@ -120,7 +169,7 @@ def test_types_that_gain_and_lose_most(study):
     ratios, counts = log_ratios(study), np.bincount(VALUES, minlength=TYPES)
     nats = {
         token: ratios[targets(REPORTED_ON) == token].sum()
-        for token in set(targets(REPORTED_ON).tolist())
+        for token in set(targets(REPORTED_ON).tolist()) - {study.dictionary.unk()}
     }
     rows = study.tables["types"]
     order = sorted(nats, key=nats.get)
@@ -131,7 +180,7 @@ def test_types_that_gain_and_lose_most(study):
         [nats[token] for token in gained + lost], rel=1e-3, abs=1e-4
     )
     for row in rows:
-        token = int(row["token"][1:])
+        token = study.dictionary.index(row["token"])
         assert row["nats"] == pytest.approx(nats[token], rel=1e-3, abs=1e-4)
         assert row["occurrences"] == (targets(REPORTED_ON) == token).sum()
         assert row["training_count"] == counts[token]

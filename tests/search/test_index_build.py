@@ -102,15 +102,24 @@ class Killed(Exception):
     pass
 
 
-def killed_at(call):
-    """A report that ends the build at its *call*-th line."""
-    calls = iter(range(call))
+def kill_at(monkeypatch, call):
+    """Let the build end at its *call*-th moment, behind a line of progress or an added block.
 
-    def report(line):
+    Returns:
+        callable: takes the lines of progress.
+    """
+    calls, add = iter(range(call)), index_build._add
+
+    def moment(line=None):
         if next(calls, None) is None:
             raise Killed(line)
 
-    return report
+    def added(index, block):
+        add(index, block)
+        moment()
+
+    monkeypatch.setattr(index_build, "_add", added)
+    return moment
 
 
 @pytest.mark.parametrize("factory", ["IVF16,PQ8x4fs", "IVF16,PQ8", "IVF16,Flat", "Flat"])
@@ -122,7 +131,8 @@ def test_an_interrupted_build_ends_in_the_same_bytes(keys, tmp_path, monkeypatch
         path = tmp_path / f"{call}.faiss"
         arguments = (keys, factory, "l2", str(path), str(tmp_path / f"{call}"))
         try:
-            build_index(*arguments, killed_at(call))
+            with monkeypatch.context() as patch:
+                build_index(*arguments, kill_at(patch, call))
         except Killed:
             assert not path.exists()
             build_index(*arguments, quiet)
@@ -162,9 +172,12 @@ def test_blocks_bound_the_memory_and_cover_every_key(
     keys, queries, index_path, tmp_path, monkeypatch
 ):
     monkeypatch.setattr(index_build, "BLOCK_BYTES", 100 * 4 * DIMENSION)
-    path, lines = str(tmp_path / "index.faiss"), []
-    build_index(keys, "Flat", "l2", path, str(tmp_path / "work"), lines.append)
-    assert lines[-1] == "indexed 1,500 of 1,500 keys" and len(lines) == 15
+    path, blocks, add = str(tmp_path / "index.faiss"), [], index_build._add
+    monkeypatch.setattr(
+        index_build, "_add", lambda index, block: blocks.append(len(block)) or add(index, block)
+    )
+    build_index(keys, "Flat", "l2", path, str(tmp_path / "work"), quiet)
+    assert blocks == 15 * [100]
     found = search_index(path, "l2", None, queries, 10, 1)
     assert_nearest(found.distances, found.ids, all_distances(queries, keys))
 
@@ -174,6 +187,22 @@ def test_no_time_goes_to_polysemous_training(factory):
     index = make_index(factory, DIMENSION, "l2")
     ivf = faiss.try_extract_index_ivf(index)
     assert not (faiss.downcast_index(ivf) if ivf else index).do_polysemous_training
+
+
+@pytest.mark.parametrize("factory, said", [("IVF16,PQ8", True), ("Flat", False)])
+def test_a_long_training_is_announced_with_its_duration(keys, tmp_path, monkeypatch, factory, said):
+    """k-means does not tell how far it is."""
+    lines = []
+
+    def report_of(least_s):
+        monkeypatch.setattr(index_build, "_WORTH_SAYING_S", least_s)
+        work = str(tmp_path / f"{least_s}")
+        build_index(keys, factory, "l2", str(tmp_path / "index.faiss"), work, lines.append)
+        return lines[0]
+
+    assert ("about 0.0 s" in report_of(0.0)) == said
+    lines.clear()
+    assert "about" not in report_of(60.0)
 
 
 def test_the_training_sample_is_drawn_without_replacement(keys):

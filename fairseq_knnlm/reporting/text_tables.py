@@ -1,0 +1,164 @@
+"""The tables that people read, on the page and in papers: numbers of the report in words."""
+
+from collections.abc import Iterable
+from typing import Callable, NamedTuple, Optional
+
+from ..html_page import NONE, factor, number, percent
+
+# Methods as they are named in JSON, their change from the model alone, and both in words.
+_METHODS = (
+    ("base", None, "the model alone"),
+    ("cache", "cache_change", "with a cache"),
+    ("knn", "relative_change", "with neighbours"),
+    ("knn_cache", "knn_cache_change", "with neighbours and a cache"),
+)
+_BESIDES = "knn_cache_change_from_knn"
+
+
+class TextTable(NamedTuple):
+    """A table in words.
+
+    caption (str): what it shows.
+    columns (list of str): their names.
+    rows (list of list of str): what stands in the columns.
+    text_columns (int): so many columns at the left are words, the others numbers.
+    """
+
+    caption: str
+    columns: list
+    rows: list
+    text_columns: int
+
+
+def text_tables(results: dict) -> dict[str, TextTable]:
+    """All of them, by name.
+
+    Args:
+        results (dict): what ``report.write`` stores as JSON.
+
+    Returns:
+        dict: ``headline``, ``k``, ``size``, ``frequency``, ``gained`` and ``lost``.
+    """
+    types = results["tables"]["types"]
+    return {
+        "headline": _headline(results),
+        "k": _neighbors(results),
+        "size": _size(results),
+        "frequency": _frequency(results),
+        "gained": _types("Words that gain most", [row for row in types if row["nats"] > 0]),
+        "lost": _types("Words that lose most", [row for row in types if row["nats"] < 0]),
+    }
+
+
+def interval(change: dict) -> str:
+    """``low`` to ``high`` of a change, or that there is none."""
+    if change["low"] is None:
+        return NONE
+    return f"{percent(change['low'], sign='+')} to {percent(change['high'], sign='+')}"
+
+
+def units(change: dict) -> str:
+    """What an interval was drawn from: ``15 documents``."""
+    noun = change["unit"] if change["units"] != 1 else change["unit"].rstrip("s")
+    return f"{change['units']:,} {noun}"
+
+
+def _of_rows(
+    caption: str, rows: Iterable[dict], columns: dict[str, Callable], text_columns: int = 0
+) -> TextTable:
+    """A table of the report's JSON; a column is a function that takes a row and gives a word."""
+    words = [[column(row) for column in columns.values()] for row in rows]
+    return TextTable(caption, list(columns), words, text_columns)
+
+
+def _headline(results: dict) -> TextTable:
+    tuned = results["tuned_on"]
+    last = results.get("reported_on", tuned)
+    splits = [tuned] if last["split"] == tuned["split"] else [tuned, last]
+    columns = ["", *(split["split"] for split in splits), "change", "95% interval"]
+    rows = []
+    for name, change, words in _METHODS:
+        if f"{name}_perplexity" in last:
+            perplexities = [number(split[f"{name}_perplexity"]) for split in splits]
+            rows.append([words, *perplexities, *_change(last[change] if change else None)])
+    if _BESIDES in last:
+        blank = [""] * len(splits)
+        rows.append(["the cache, besides neighbours", *blank, *_change(last[_BESIDES])])
+    return TextTable(f"Perplexity; change and interval are of {last['split']}", columns, rows, 1)
+
+
+def _change(change: Optional[dict]) -> tuple[str, str]:
+    """A change and its interval; nothing for the model alone."""
+    if change is None:
+        return "", ""
+    return percent(change["value"], sign="+"), interval(change)
+
+
+def _neighbors(results: dict) -> TextTable:
+    tuned, split = results["tuned_on"]["split"], results["split"]
+    columns = {
+        "k": lambda row: f"{row['k']:,}",
+        "temperature": lambda row: f"{row['temperature']:.4g}",
+        "lambda": lambda row: f"{row['knn_lambda']:.3f}",
+        f"perplexity on {split}": lambda row: number(row["perplexity"]),
+        "targets found": lambda row: percent(row["targets_found"]),
+    }
+    if split != tuned:
+        columns[f"perplexity on {tuned}"] = lambda row: number(row["tuned_perplexity"])
+    tables = results["tables"]
+    rows = [{**a, **b} for a, b in zip(tables["k"], tables["found"])]
+    return _of_rows("The best lambda and temperature for each k", rows, columns)
+
+
+def _size(results: dict) -> TextTable:
+    columns = {
+        "entries": lambda row: f"{row['entries']:,}",
+        "share": lambda row: percent(row["share"], 2),
+        "neighbours taken": lambda row: f"{row['k']:,}" if row["k"] else "all known",
+        "mean": lambda row: number(row["mean_neighbors"], 1),
+        "queries with fewer": lambda row: (
+            NONE if row["k"] is None else percent(row["queries_with_fewer"], 2)
+        ),
+        "lambda": lambda row: f"{row['knn_lambda']:.3f}",
+        "perplexity": lambda row: number(row["perplexity"]),
+    }
+    caption = f"Parts of the datastore, perplexity on {results['split']}"
+    return _of_rows(caption, results["tables"]["size"], columns)
+
+
+def _frequency(results: dict) -> TextTable:
+    columns = {
+        "in the datastore": _frequency_label,
+        "tokens": lambda row: f"{row['tokens']:,}",
+        "share": lambda row: percent(row["share"]),
+        "without": lambda row: number(row["base_perplexity"]),
+        "with neighbours": lambda row: number(row["knn_perplexity"]),
+        "change": lambda row: percent(row["relative_change"], sign="+"),
+        "95% interval": interval,
+        "drawn from": units,
+        "nats gained": lambda row: number(row["nats"], 0, "+"),
+    }
+    tables = results["tables"]
+    unknown = [row for row in tables["unknown"] if row["words"] != "known"]
+    caption = f"Perplexity on {results['split']} by how often the target is in the datastore"
+    return _of_rows(caption, [*tables["frequency"], *unknown], columns, 1)
+
+
+def _frequency_label(row: dict) -> str:
+    """A bucket of frequencies, in words."""
+    if "words" in row:
+        return row["words"]
+    if row["lowest"] == row["highest"]:
+        return f"{row['lowest']:,}"
+    return f"{row['lowest']:,}\N{EN DASH}{row['highest']:,}"
+
+
+def _types(caption: str, rows: list[dict]) -> TextTable:
+    columns = {
+        "token": lambda row: row["token"],
+        "nats": lambda row: number(row["nats"], 1, "+"),
+        "occurrences": lambda row: f"{row['occurrences']:,}",
+        "factor": lambda row: factor(row["mean_log_ratio"]),
+        "in the datastore": lambda row: f"{row['training_count']:,}",
+    }
+    return _of_rows(caption, rows, columns, 1)
