@@ -75,13 +75,13 @@ def evaluate(task, model, retriever, k, temperature, knn_lambda):
     alone, mixed = [], []
     with extractor_of(model, retriever.key) as extractor:
         for sample in samples_of(load_blocks(task, "test")):
-            log_p_lm, queries, _ = encode(model, sample, extractor)
-            for rows, neighbors in retriever.batches(queries, k):
+            encoded = encode(model, sample, extractor)
+            for rows, neighbors in retriever.batches(encoded.keys, k):
                 log_p_knn = knn_log_probs(
                     neighbors.distances, neighbors.values, sample["target"][rows], temperature
                 )
-                mixed.append(mix(log_p_lm[rows], log_p_knn, knn_lambda=knn_lambda))
-            alone.append(log_p_lm)
+                mixed.append(mix(encoded.log_p_lm[rows], log_p_knn, knn_lambda=knn_lambda))
+            alone.append(encoded.log_p_lm)
     return torch.cat(alone), torch.cat(mixed)
 
 
