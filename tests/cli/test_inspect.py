@@ -206,7 +206,7 @@ def test_an_empty_name_is_no_datastore(look, datastores):
 
 def test_a_summary_is_printed_where_the_rest_is_written(look, tmp_path):
     result = look("--positions", "0:300", "--html", tmp_path / "page.html")
-    lines = result["printed"].splitlines()
+    lines = [line for line in result["printed"].splitlines() if " | INFO | " not in line]
     assert re.search(r"300 tokens, perplexity [\d.]+ without neighbours, [\d.]+ with", lines[0])
     written = [line for line in lines if line.startswith("written to ")]
     assert written == [f"written to {tmp_path / name}" for name in ("page.html", "inspected.json")]
