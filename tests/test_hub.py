@@ -172,7 +172,10 @@ def test_an_unknown_setting_is_refused(name, places):
             {"knn_device": "gpu", "knn_metric": "cosine"},
             "knn_device must be one of auto, cpu, cuda, got 'gpu'; knn_metric must be one of l2",
         ),
-        ({"knn_k": 0, "knn_lambda": 2.0}, r"--knn-k must be >= 1, got 0; --knn-lambda must be in"),
+        (
+            {"knn_k": 0, "knn_lambda": 2.0},
+            r"--knn-k must be a whole number >= 1, got 0; --knn-lambda must be in",
+        ),
         ({"knn_temperature": -1}, "--knn-temperature must be a finite number > 0"),
         ({"knn_tuned": True}, "--knn-tuned needs the --knn-datastore that was tuned"),
     ],
