@@ -7,6 +7,7 @@ begins only with an exclusive one. Locks end with the process that holds them, h
 import contextlib
 import errno
 import fcntl
+import gc
 import logging
 import os
 
@@ -62,7 +63,12 @@ def kept_from_readers(path: str):
         yield
         return
     with file:
-        if not _lock(file.fileno(), fcntl.LOCK_EX, path):
+        locked = _lock(file.fileno(), fcntl.LOCK_EX, path)
+        if not locked:
+            # A Datastore of this process that nobody refers to any more may wait for its collection.
+            gc.collect()
+            locked = _lock(file.fileno(), fcntl.LOCK_EX, path)
+        if not locked:
             raise UserError(
                 f"--overwrite: the datastore {path} is being read, by an evaluation or another "
                 "process that has it open; nothing was changed: wait for the end of it, or build "

@@ -73,6 +73,7 @@ def test_the_lock_ends_with_the_datastore(copy):
     datastore = Datastore.open(str(copy))
     with pytest.raises(UserError, match="is being read"):
         refuse_readers(str(copy))
+    datastore.itself = datastore  # nobody else refers to it, but it is not collected at once
     del datastore
     refuse_readers(str(copy))
 
