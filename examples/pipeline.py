@@ -195,7 +195,7 @@ def adaptive_cutoffs(dictionary):
 
 
 def training_flags(cutoffs, max_update):
-    """A recipe for 15 minutes in all: little text is seen twice, so there is no dropout."""
+    """A recipe for a few minutes: little text is seen twice, so there is no dropout."""
     model = f"""
         --arch transformer_lm --decoder-layers 2 --decoder-attention-heads 4
         --decoder-embed-dim {DIMENSION} --decoder-input-dim {DIMENSION}

@@ -9,7 +9,7 @@ every command (logs/), two pages to open in a browser, and at the end results.js
 perplexity.png. Started again, it goes on with the first step that has not finished, or whose
 command, inputs or outputs have changed since.
 
-The sizes are those of a demonstration: two CPU cores, ten minutes.
+The sizes are those of a demonstration: two CPU cores, 12 minutes.
 """
 
 import argparse
