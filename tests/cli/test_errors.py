@@ -32,7 +32,7 @@ def refused(message, *parts):
             ["--knn-nprobe", "--knn-distances exhaustive reads none"],
         ),
         (["--knn-k", -3, "--knn-lambda", -1], ["--knn-k", "--knn-lambda"]),
-        (["--knn-k", 10**6], ["--knn-k 1000000", "entries"]),
+        (["--knn-k", 10**6], ["--knn-k", "at most", "entries", "1000000"]),
         (["--knn-key", "attn-input"], ["--knn-key attn-input", "ffn-input"]),
         (["--knn-metric", "ip"], ["--knn-metric ip", "built with l2"]),
         (["--knn-device", "cuda"], ["(--knn-device) cuda", "GPU"]),
@@ -206,9 +206,8 @@ def test_bad_arguments_of_build_make_no_directory(data, checkpoints, tmp_path):
 
 def test_a_path_that_is_no_checkpoint(data, tmp_path):
     (tmp_path / "text.pt").write_text("no checkpoint")
-    with pytest.raises(UserError) as error:
+    with pytest.raises(SystemExit, match="--path .*text.pt cannot be loaded as a checkpoint"):
         build(data, tmp_path / "text.pt", tmp_path / "d")
-    assert refused(error, "--path", "text.pt", "no checkpoint")
 
 
 def test_directory_that_cannot_be_written(data, checkpoints, tmp_path):
@@ -254,7 +253,7 @@ def test_model_overrides_are_data(data, checkpoints, tmp_path, overrides):
 
 def test_model_overrides_change_the_model(data, checkpoints, tmp_path):
     overrides = "{'max_target_positions': 16}"
-    with pytest.raises(RuntimeError, match="size mismatch"):
+    with pytest.raises(SystemExit, match="size mismatch"):
         build(data, checkpoints["plain"], tmp_path / "d", "--model-overrides", overrides)
     build(data, checkpoints["plain"], tmp_path / "d", "--model-overrides", "{'dropout': 0.3}")
     assert (tmp_path / "d" / "manifest.json").exists()
