@@ -65,7 +65,7 @@ def kept_from_readers(path: str):
     with file:
         locked = _lock(file.fileno(), fcntl.LOCK_EX, path)
         if not locked:
-            # A Datastore of this process that nobody refers to any more may wait for its collection.
+            # A Datastore of this process that nobody refers to may still wait for its collection.
             gc.collect()
             locked = _lock(file.fileno(), fcntl.LOCK_EX, path)
         if not locked:
