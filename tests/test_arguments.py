@@ -158,7 +158,7 @@ REFUSED = [
 # Their arguments are files, models, texts or samples of other types, at which Python itself stops.
 TYPES_ALONE = {
     "dictionary_fingerprint", "document_starts", "encode", "file_fingerprint", "load", "perplexity",
-    "read_tuned", "save", "target_log_probs", "to_device", "weights_fingerprint",
+    "read_tuned", "sample_of", "save", "target_log_probs", "to_device", "weights_fingerprint",
 }  # fmt: skip
 
 

@@ -8,6 +8,7 @@ from fairseq_knnlm import progress
 from fairseq_knnlm.progress import shown_by, track
 from fairseq_knnlm.search.exact_search import ExactSearch
 from fairseq_knnlm.search.exhaustive_search import ExhaustiveSearch
+from fairseq_knnlm.search.index_build import load
 from fairseq_knnlm.search.index_search import IndexSearch
 
 
@@ -70,8 +71,8 @@ def make_search(kind, keys, path):
     if kind == "exhaustive":
         return ExhaustiveSearch(keys, values, "l2", torch.device("cpu"))
     if kind == "index":
-        return IndexSearch(path, "l2", values)
-    return ExactSearch(path, "l2", values, keys)
+        return IndexSearch(load(path), "l2", values)
+    return ExactSearch(load(path), "l2", values, keys)
 
 
 @pytest.mark.parametrize(

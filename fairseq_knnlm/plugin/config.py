@@ -235,8 +235,8 @@ def _datastore_faults(cfg) -> Iterator[str]:
     """What is wrong with ``--knn-datastore`` before any directory is opened."""
     if cfg.knn_datastore is None:
         return
-    paths = cfg.knn_datastore.split(":")
-    if "" in paths:
+    paths = datastore_paths(cfg)
+    if not paths:
         yield (
             "--knn-datastore must name a directory, or several separated by ':', got "
             f"{cfg.knn_datastore!r}"
@@ -245,7 +245,7 @@ def _datastore_faults(cfg) -> Iterator[str]:
     for path in paths:
         by_place.setdefault(os.path.realpath(path), []).append(path)
     for place, names in by_place.items():
-        if len(names) > 1 and "" not in names:
+        if len(names) > 1:
             yield (
                 f"--knn-datastore names the directory {place} {len(names)} times "
                 f"({', '.join(names)}): its entries would count so many times"

@@ -428,7 +428,7 @@ def test_what_was_not_tuned_is_refused(data, checkpoints, built, stored, tmp_pat
     shutil.copytree(built["ivf"], tmp_path / "other")
     (tmp_path / "other" / "tuned.json").unlink(missing_ok=True)
     assert "has no tuned.json: run fairseq-knnlm-tune" in message(tmp_path / "other")
-    assert "was tuned with 1 datastores" in message(f"{datastore}:{datastore}")
+    assert "was tuned with 1 datastores" in message(f"{datastore}:{built['flat']}")
     shutil.copy(datastore / "tuned.json", tmp_path / "other")
     assert "is not what was tuned with" in message(tmp_path / "other")
     shown = knnlm("fairseq-knnlm-info", tmp_path / "other").stdout
@@ -454,7 +454,7 @@ def test_several_datastores_are_tuned_as_one(data, checkpoints, built, tuned, tm
     with pytest.raises(UserError, match="was tuned with 2 datastores"):
         evaluate(data, checkpoints["plain"], *flags, tmp_path / "one")
     with pytest.raises(UserError, match="is not what was tuned with"):
-        evaluate(data, checkpoints["plain"], *flags, f"{tmp_path / 'one'}:{tmp_path / 'one'}")
+        evaluate(data, checkpoints["plain"], *flags, f"{tmp_path / 'one'}:{built['flat']}")
 
 
 def test_a_datastore_that_cannot_be_written_to_is_tuned_all_the_same(tuned, monkeypatch):
