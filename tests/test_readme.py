@@ -85,7 +85,7 @@ def test_every_command_of_readme_runs_as_it_is_printed(printed, shell):
         "fairseq-preprocess", "fairseq-train", "fairseq-knnlm-build", "fairseq-knnlm-tune",
         "fairseq-knnlm-eval", "fairseq-knnlm-inspect", "fairseq-knnlm-info",
     ]  # fmt: skip
-    assert "every byte is as it was written" in printed["fairseq-knnlm-info"]
+    assert "every byte is as the manifest says" in printed["fairseq-knnlm-info"]
     assert "1 of 7 words of the input" in printed["fairseq-knnlm-inspect"]
     assert (shell.folder / "passage.html").stat().st_size > 1000
 

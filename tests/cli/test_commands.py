@@ -30,7 +30,7 @@ def test_build_evaluate_tune_and_info(data, checkpoints, tmp_path):
     described = knnlm("fairseq-knnlm-info", tmp_path / "d", "--verify").stdout
     count = json.loads((tmp_path / "d" / "manifest.json").read_text())["count"]
     assert f"{count:,} of 32 dimensions" in described
-    assert "every byte is as it was written" in described
+    assert "every byte is as the manifest says" in described
 
     output = tmp_path / "tuned.json"
     tuned = knnlm(
