@@ -65,11 +65,7 @@ def kept_from_readers(path: str):
     with file:
         locked = _lock(file.fileno(), fcntl.LOCK_EX, path)
         if not locked:
-<<<<<<< HEAD
             # A Datastore of this process that nobody refers to may still wait for its collection.
-=======
-            # A Datastore that this process has dropped may still wait to be collected.
->>>>>>> integrity
             gc.collect()
             locked = _lock(file.fileno(), fcntl.LOCK_EX, path)
         if not locked:

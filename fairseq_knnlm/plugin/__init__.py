@@ -7,9 +7,12 @@ With ``hub`` and ``cli`` the only door to fairseq. Imports from every package bu
 
 import logging
 
+from .compat import root_logger_kept
+
 # fairseq's text-to-speech task logs, whenever fairseq is imported, that tensorboardX is missing.
 _text_to_speech = logging.getLogger("fairseq.tasks.text_to_speech")
 _text_to_speech.disabled = True
-import fairseq  # noqa: E402, F401
+with root_logger_kept():
+    import fairseq  # noqa: F401
 
 _text_to_speech.disabled = False
