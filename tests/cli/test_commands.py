@@ -3,6 +3,7 @@
 import json
 import re
 import shlex
+import shutil
 import sys
 
 import pytest
@@ -68,7 +69,8 @@ def test_several_datastores_are_searched_as_one(data, checkpoints, datastores, t
     settings = ["--knn-k", 16, "--knn-temperature", 5]
     one = evaluate(data, checkpoints["plain"], "--knn-datastore", datastores["plain"], *settings)
     two = evaluate(data, checkpoints["plain"], "--knn-datastore", both, *settings)
-    same = f"{datastores['plain']}:{datastores['plain']}"
+    shutil.copytree(datastores["plain"], tmp_path / "copy")
+    same = f"{datastores['plain']}:{tmp_path / 'copy'}"
     doubled = evaluate(
         data, checkpoints["plain"], "--knn-datastore", same, "--knn-k", 32, "--knn-temperature", 5
     )

@@ -42,8 +42,16 @@ def test_the_settings_are_taken_and_the_rest_is_not():
         ("nprobe", 0, "--knn-nprobe must be a whole number >= 1, got 0"),
         ("distances", "zzz", "--knn-distances must be one of exact, index, exhaustive, got 'zzz'"),
         ("distances", 1, "--knn-distances must be one of"),
-        ("cache_size", -1, "--knn-cache-size must be a whole number >= 0, got -1"),
-        ("cache_size", "many", "--knn-cache-size must be a whole number >= 0, got 'many'"),
+        (
+            "cache_size",
+            -1,
+            "--knn-cache-size must be a whole number >= 0 and <= 2147483647, got -1",
+        ),
+        (
+            "cache_size",
+            "many",
+            "--knn-cache-size must be a whole number >= 0 and <= 2147483647, got 'many'",
+        ),
         ("cache_lambda", 2, "--knn-cache-lambda must be in [0, 1], got 2"),
         ("cache_lambda", 0.9, "at most 1 together"),
         ("cache_theta", math.inf, "--knn-cache-theta must be a finite number >= 0"),
@@ -70,7 +78,7 @@ def test_a_setting_that_is_not_there_is_missing():
     "name, value", [("k", 0), ("knn_lambda", 1.5), ("nprobe", -2), ("cache_size", -1)]
 )
 def test_flags_and_what_was_tuned_have_one_range(name, value):
-    config = KNNLMConfig(path=None)
+    config = KNNLMConfig()
     setattr(config, name if name.startswith("knn_") else f"knn_{name}", value)
     with pytest.raises(ValueError) as of_flags:
         check_settings(config)
