@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Optional
 
 from ..errors import UserError
-from ..fields import CHECKSUMS, TEXT, Kind, Record, faults, is_whole
+from ..fields import CHECKSUMS, TEXT, Kind, Record, faults, is_whole, whole
 from ..files import is_rendered, parse_json, render, write_atomically
 from .manifest import TUNED, read_manifest
 
@@ -26,7 +26,7 @@ _FIELDS = Record(
             lambda value: CHECKSUMS.holds(value) and len(value) > 0,
         ),
     },
-    {"tuned_on": Record({"split": TEXT}, {})},
+    {"tuned_on": Record({"split": TEXT}, {"tokens": whole(0)})},
 )
 # Field of a setting with a continuous cache: k, lambda and temperature of neighbours alone.
 WITHOUT_CACHE = "without_cache"
@@ -136,9 +136,10 @@ def in_words(tuned: dict) -> str:
     Args:
         tuned (dict): from ``read_tuned``, or with its fields.
     """
-    parts = [
-        f"k {tuned['k']}, lambda {tuned['knn_lambda']:g}, temperature {tuned['temperature']:g}"
-    ]
+    temperature = tuned["temperature"]
+    if not isinstance(temperature, str):  # "auto" stays as it is
+        temperature = f"{temperature:g}"
+    parts = [f"k {tuned['k']}, lambda {tuned['knn_lambda']:g}, temperature {temperature}"]
     distances = tuned.get("distances")
     if distances != "exhaustive" and "nprobe" in tuned:
         parts.append(f"nprobe {tuned['nprobe']}")
@@ -150,7 +151,9 @@ def in_words(tuned: dict) -> str:
             f"{tuned['cache_theta']:g}"
         )
     if "tuned_on" in tuned:
-        parts.append(f"on {tuned['tuned_on']['split']}, {tuned['tuned_on']['tokens']:,} tokens")
+        parts.append(f"on {tuned['tuned_on']['split']}")
+        if "tokens" in tuned["tuned_on"]:
+            parts.append(f"{tuned['tuned_on']['tokens']:,} tokens")
     return ", ".join(parts)
 
 
