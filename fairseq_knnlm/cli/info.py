@@ -87,7 +87,7 @@ def _results(datastore: Datastore, verified: bool) -> dict:
     return {
         "program": "fairseq-knnlm-info",
         "tokens": described["entries"],
-        **{name: described.get(name) for name in ("model", "data", "context", "versions")},
+        **{name: described[name] for name in ("model", "data", "context", "versions")},
         "datastores": [described],
         "tuned": read_tuned(datastore.path),
         "verified": verified,

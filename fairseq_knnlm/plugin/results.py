@@ -177,7 +177,7 @@ def split_fingerprint(data: str, split: str) -> str:
 
 
 def description(datastore: Datastore) -> dict:
-    """What a datastore is, for JSON.
+    """What a datastore is, for JSON; None for what its builder left out of the manifest.
 
     Args:
         datastore (Datastore): an open one.
@@ -187,11 +187,11 @@ def description(datastore: Datastore) -> dict:
     return {
         "path": datastore.path,
         "entries": len(datastore),
-        **{name: manifest[name] for name in names},
+        **{name: manifest.get(name) for name in names},
         "index": manifest["index"]["factory"],
         "size_bytes": sum(entry["size_bytes"] for entry in manifest["files"].values()),
         "temperature": manifest.get("temperature", {}).get("value"),
-        "versions": manifest["versions"],
+        "versions": manifest.get("versions"),
     }
 
 

@@ -135,6 +135,13 @@ def test_info_of_a_datastore_of_own_settings(copy, info):
     assert "entries" in text and "dictionary" not in text
 
 
+def test_results_of_a_datastore_of_own_settings(copy, info, tmp_path):
+    edit_manifest(copy, lambda manifest: [manifest.pop(name) for name in ("model", "versions")])
+    status, _ = info(copy, "--knn-output", tmp_path / "results.json")
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert status == 0 and results["model"] is None and results["versions"] is None
+
+
 @pytest.mark.parametrize(
     "edit, message",
     [

@@ -44,6 +44,9 @@ def command(name):
 def run(*arguments, check=True, **options):
     """Run a command line as a user would; its output is in ``stdout``."""
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    # fairseq's loader with workers sets this in the process that runs the tests, and a user's
+    # choice of warnings is respected.
+    environment.pop("PYTHONWARNINGS", None)
     done = subprocess.run(
         [str(argument) for argument in arguments],
         stdout=subprocess.PIPE,
