@@ -25,7 +25,6 @@ from ..encoding.samples import to_device
 from ..errors import UserError
 from ..options import DEFAULT_METRIC
 from ..plugin.results import description, write_results
-from ..plugin.stock_flags import shard_faults
 from ..scoring.in_effect import DEFAULT, GIVEN, settings_line
 from ..search.factory import default_factory, refuse_unbuildable
 from .command_line import (
@@ -272,9 +271,6 @@ def _output_directory(cfg) -> str:
 
 def _shard_of(cfg):
     """Number of builders and which this is, of ``--num-shards`` or of fairseq's launcher."""
-    faults = "; ".join(shard_faults(cfg))
-    if faults:
-        raise UserError(faults)
     num_shards = max(cfg.dataset.num_shards, cfg.distributed_training.distributed_world_size)
     return num_shards, max(cfg.dataset.shard_id, cfg.distributed_training.distributed_rank or 0)
 

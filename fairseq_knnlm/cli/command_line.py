@@ -17,6 +17,7 @@ from ..errors import UserError
 from ..plugin.bars import in_bars
 from ..plugin.commands import closing_text
 from ..plugin.config import datastore_paths
+from ..plugin.stock_flags import refuse_impossible_shards
 from ..progress import shown_by
 from .help import asked_for, help_text
 from .noise import silence
@@ -84,8 +85,9 @@ def run_command(parser, main: Callable, argv: Optional[list[str]] = None) -> Non
     silence()
     with ending_with_text():
         args = options.parse_args_and_arch(parser, input_args=argv)
-        main = functools.partial(_run, main=main)
-        distributed_utils.call_main(convert_namespace_to_omegaconf(args), main, args=args)
+        cfg = convert_namespace_to_omegaconf(args)
+        refuse_impossible_shards(cfg)
+        distributed_utils.call_main(cfg, functools.partial(_run, main=main), args=args)
 
 
 class Outputs:

@@ -98,7 +98,7 @@ def _prepare(cfg, args):
     Returns:
         tuple: task, model, what is tuned on and what is reported on, see ``_splits``.
     """
-    if cfg.task.knn_temperature in (None, AUTO):
+    if datastore_paths(cfg.task) and cfg.task.knn_temperature in (None, AUTO):
         # The grid has temperatures of its own, so a datastore that records none can be tuned.
         cfg.task.knn_temperature = "1"
     loaded = load_task_and_model(cfg)

@@ -291,6 +291,12 @@ def refuse_foreign(path: str) -> None:
         UserError: naming them.
     """
     names = (MANIFEST, KEYS, VALUES, POSITIONS, INDEX)
+    folders = [name for name in names if os.path.isdir(os.path.join(path, name))]
+    if folders:
+        raise UserError(
+            f"{path} has a directory where {', '.join(folders)} would be written: not made by this "
+            "tool; use another --knn-datastore"
+        )
     present = [name for name in names if os.path.exists(os.path.join(path, name))]
     if not present or is_unfinished(path):
         return

@@ -15,6 +15,8 @@ from .commands import runs
 
 # Flags that choose what a model of fairseq is trained to predict.
 _OTHER_TARGETS = ("self_target", "past_target")
+# fairseq counts the tokens of a block in 32 bits.
+_MOST_TOKENS = 2**31 - 1
 
 
 def whole_configuration(cfg):
@@ -68,9 +70,10 @@ def stock_faults(cfg) -> Iterator[str]:
 
 
 def shard_faults(whole) -> Iterator[str]:
-    """What is wrong with ``--num-shards`` and ``--shard-id``.
+    """What is wrong with ``--num-shards``, ``--shard-id`` and ``--distributed-world-size``.
 
     fairseq takes the larger of these flags and of the numbers of its launcher, which hides them.
+    Of no processes it starts none, and ends as if all was done.
 
     Args:
         whole: fairseq's configuration.
@@ -79,7 +82,10 @@ def shard_faults(whole) -> Iterator[str]:
         str: as ``stock_faults``.
     """
     num_shards, shard_id = whole.dataset.num_shards, whole.dataset.shard_id
-    processes = max(num_shards, whole.distributed_training.distributed_world_size)
+    world_size = whole.distributed_training.distributed_world_size
+    processes = max(num_shards, world_size)
+    if world_size < 1:
+        yield f"--distributed-world-size must be >= 1, got {world_size}"
     if num_shards < 1:
         yield f"--num-shards must be >= 1, got {num_shards}"
     elif not 0 <= shard_id < processes:
@@ -87,6 +93,17 @@ def shard_faults(whole) -> Iterator[str]:
             f"--shard-id must be in [0, {processes}), got {shard_id}: it counts from 0 to "
             "--num-shards - 1"
         )
+
+
+def refuse_impossible_shards(whole) -> None:
+    """Refuse ``shard_faults``, before any process is started.
+
+    Raises:
+        UserError: naming all of them.
+    """
+    faults = "; ".join(shard_faults(whole))
+    if faults:
+        raise UserError(faults)
 
 
 def model_overrides(text: str) -> dict:
@@ -146,8 +163,8 @@ def _target_faults(cfg) -> Iterator[str]:
 def _block_faults(tokens: int, context_window: int) -> Iterator[str]:
     if context_window < 0:
         yield f"--context-window must be >= 0, got {context_window}"
-    elif tokens < 1:
+    elif not 1 <= tokens <= _MOST_TOKENS:
         yield (
-            f"--tokens-per-sample must be >= 1 and more than --context-window, of which a block is "
-            f"a part, got {tokens + context_window} and {context_window}"
+            f"--tokens-per-sample must be in [1, {_MOST_TOKENS}] and more than --context-window, "
+            f"of which a block is a part, got {tokens + context_window} and {context_window}"
         )

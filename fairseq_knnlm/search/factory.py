@@ -16,6 +16,8 @@ FLAT_BELOW = 8192
 MAX_NLIST = 4096
 # FAISS warns below 39 training keys a list and ignores more than 256.
 TRAINING_KEYS_PER_LIST = 64
+# FAISS takes these factory strings, and ends the process when it builds some of them.
+_SIZE_OF_ZERO = r"(?:IVF|HNSW|NSG|PQ\d+x)0+(?!\d)"
 
 
 def default_factory(count: int, dimension: int) -> str:
@@ -77,8 +79,11 @@ def refuse_unbuildable(factory: str, count: int, dimension: int, metric: str) ->
     """
     index = make_index(factory, dimension, metric)
     ivf = inverted_file(index)
-    if ivf is not None and ivf.nlist < 1:
-        raise UserError(f"the index {factory} (--knn-index) has {ivf.nlist} lists, expected some")
+    if re.search(_SIZE_OF_ZERO, factory):
+        raise UserError(
+            f"the index {factory} (--knn-index) has a size of 0 in it, where lists, links or bits "
+            "are counted: expected at least 1"
+        )
     kinds = [faiss.downcast_index(index)] + ([ivf] if ivf is not None else [])
     needed = max(
         [kind.pq.ksub for kind in kinds if hasattr(kind, "pq")]

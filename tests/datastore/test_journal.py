@@ -438,3 +438,40 @@ def test_a_journal_of_somebody_else_is_not_counted(finished, tmp_path):
     resume_and_finish(tmp_path / "d", [0, 1])
     (tmp_path / "d" / "my.journal").unlink()
     assert contents(tmp_path / "d") == contents(finished)
+
+
+@pytest.mark.parametrize(
+    "name, content, part",
+    [
+        ("building-1-of-2.journal", b"99 00000000 00000000\n", "a line of chunk 99"),
+        ("building-3-of-2.journal", b"", "no journal of this build, which has 2 shards"),
+        ("building-1-of-1.journal", b"", "no journal of this build, which has 2 shards"),
+    ],
+    ids=["a chunk too many", "a shard too many", "another build"],
+)
+def test_a_journal_that_is_of_no_part_of_the_build_is_refused(tmp_path, name, content, part):
+    with open_writer(tmp_path / "d", options={"num_shards": 2, "shard_id": 1}) as writer:
+        write_chunks(writer, *make_rows(), SIZES, only=[4, 5])
+        (tmp_path / "d" / name).write_bytes(content)
+        with pytest.raises(UserError, match=part) as error:
+            with writer.finishing():
+                pass
+    assert name in str(error.value)
+
+
+def test_traces_that_cannot_be_removed_do_not_hide_what_is_wrong(copy):
+    (copy / LOCK).mkdir()  # as on a disk that is read-only, it cannot be removed
+    with pytest.raises(UserError, match="finished datastore; pass --overwrite"):
+        refuse_finished(str(copy))
+
+
+@pytest.mark.parametrize("name", [KEYS, INDEX])
+def test_a_directory_in_the_way_is_refused_before_anything_is_removed(copy, name):
+    os.remove(copy / name)
+    (copy / name).mkdir()
+    before = contents(copy)
+    with pytest.raises(UserError, match=f"a directory where {name}"):
+        with open_writer(copy, options={"overwrite": True}):
+            pass
+    after = contents(copy)
+    assert {kept: after.get(kept) for kept in before} == before

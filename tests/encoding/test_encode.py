@@ -12,6 +12,7 @@ from fairseq_knnlm.encoding import (
     extractor_of,
     to_device,
 )
+from fairseq_knnlm.encoding.encode import Encoded, refuse_not_finite
 from fairseq_knnlm.errors import UserError
 
 ARCHITECTURES = ["adaptive", "plain"]
@@ -113,6 +114,20 @@ def test_the_extractor_of_a_datastore_is_that_of_its_key(model_and_sample):
     model, _ = model_and_sample
     extractor = extractor_of(model, {"type": "attn-input", "layer": 0, "layers": 2})
     assert (extractor.key, extractor.layer) == ("attn-input", 0)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_what_is_not_finite_is_named_and_counted(value):
+    log_p, keys = torch.full((5,), -1.0), torch.ones(5, 3, dtype=torch.float16)
+    refuse_not_finite(Encoded(log_p, keys))
+    refuse_not_finite(Encoded(None, None))
+    refuse_not_finite(Encoded(log_p[:0], keys[:0]))
+    keys[1, 2] = keys[4] = value
+    with pytest.raises(UserError, match="no finite hidden state for 2 of 5 tokens"):
+        refuse_not_finite(Encoded(log_p, keys))
+    log_p[0] = value
+    with pytest.raises(UserError, match="no finite log-probability for 1 of 5 tokens"):
+        refuse_not_finite(Encoded(log_p, None))
 
 
 def test_a_key_that_does_not_exist_is_refused(model_and_sample):

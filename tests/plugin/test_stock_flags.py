@@ -6,9 +6,10 @@ import sys
 
 import pytest
 import torch
-from helpers.commands import NO_THREADS, USER_DIR, build, knnlm, run
+from helpers.commands import NO_THREADS, USER_DIR, build, call, flags_of, knnlm, run
 from helpers.commands import evaluate as evaluate_here
 
+from fairseq_knnlm.cli import inspect, tune
 from fairseq_knnlm.errors import UserError
 
 DATASTORE = "DATASTORE"
@@ -39,7 +40,8 @@ def refused(done, *parts):
         (["--context-window", 32], ["--tokens-per-sample", "more than --context-window", "32"]),
         (["--context-window", 40], ["--tokens-per-sample", "got 32 and 40"]),
         (["--context-window", -1], ["--context-window must be >= 0, got -1"]),
-        (["--tokens-per-sample", 0], ["--tokens-per-sample must be >= 1", "got 0"]),
+        (["--tokens-per-sample", 0], ["--tokens-per-sample must be in [1, ", "got 0"]),
+        (["--tokens-per-sample", 2**70], ["--tokens-per-sample must be in [1, ", f"got {2**70}"]),
         (["--num-shards", 2, "--shard-id", 2], ["--shard-id must be in [0, 2), got 2"]),
         (["--shard-id", -1], ["--shard-id must be in [0, 1), got -1"]),
         (["--num-shards", 0], ["--num-shards must be >= 1, got 0"]),
@@ -112,9 +114,31 @@ def test_checkpoints(data, checkpoints, tmp_path, command, kind, part):
     assert f"--path {path}" in done.stdout and part in done.stdout
 
 
-def test_an_index_that_cannot_be(data, checkpoints, tmp_path):
-    with pytest.raises(UserError, match="IVF0,Flat"):
-        build(data, checkpoints["plain"], tmp_path / "d", "--knn-index", "IVF0,Flat")
+@pytest.mark.parametrize("factory", ["IVF0,Flat", "HNSW0", "IVF4_HNSW0,Flat", "IVF4,PQ4x0"])
+def test_an_index_that_cannot_be(data, checkpoints, tmp_path, factory):
+    with pytest.raises(UserError, match=f"{factory} .--knn-index. has a size of 0"):
+        build(data, checkpoints["plain"], tmp_path / "d", "--knn-index", factory)
+    assert not (tmp_path / "d").exists()
+
+
+@pytest.mark.parametrize(
+    "flags, part",
+    [
+        (["--shard-id", -1], "--shard-id must be in [0, 1), got -1"),
+        (["--num-shards", -2], "--num-shards must be >= 1, got -2"),
+        (["--distributed-world-size", 0], "--distributed-world-size must be >= 1, got 0"),
+    ],
+    ids=str,
+)
+def test_shares_of_our_commands(data, checkpoints, datastores, tmp_path, flags, part):
+    with pytest.raises(UserError) as error:
+        build(data, checkpoints["plain"], tmp_path / "d", *flags)
+    assert part in str(error.value) and not (tmp_path / "d").exists()
+    flags = flags_of(data, checkpoints["plain"], datastores["plain"], *flags)
+    for main, more in ((tune.main, []), (inspect.main, ["--positions", "0:3"])):
+        with pytest.raises(UserError) as error:
+            call(main, *flags, *more)
+        assert part in str(error.value)
 
 
 @pytest.fixture(scope="module")
@@ -172,6 +196,15 @@ def test_the_root_logger_is_left_as_it_was():
     run(sys.executable, "-c", code)
 
 
+def test_a_cache_is_tuned_without_a_warning_of_flags_that_nobody_gave(data, checkpoints, capfd):
+    flags = [data, "--path", checkpoints["plain"], "--tokens-per-sample", 32, "--cpu"]
+    flags += ["--log-format", "none", "--knn-cache-size", 10, "--knn-grid-cache-theta", 1]
+    call(tune.main, *flags)
+    assert "without --knn-datastore" not in capfd.readouterr().out
+    call(tune.main, *flags, "--knn-lambda", 0.5)
+    assert "--knn-lambda without --knn-datastore" in capfd.readouterr().out
+
+
 # -- what was computed is not lost for want of a file ----------------------------------------------
 
 
@@ -209,3 +242,14 @@ def test_a_full_disk_loses_no_tuning(data, checkpoints, datastores, tmp_path):
     assert done.returncode == 1 and "Traceback" not in done.stdout
     assert f"--knn-output {target}" in done.stdout and "No space left" in done.stdout
     assert "evaluate with" in done.stdout and (tmp_path / "d" / "tuned.json").exists()
+
+
+def test_a_directory_in_the_way_loses_no_report(data, checkpoints, datastores, tmp_path):
+    pytest.importorskip("matplotlib")
+    (tmp_path / "report" / "report.html").mkdir(parents=True)
+    output = tmp_path / "tuned.json"
+    flags = flags_of(data, checkpoints["plain"], datastores["plain"], "--no-store")
+    flags += ["--knn-grid-k", 8, "--knn-grid-temperature", 10, "--knn-output", output]
+    with pytest.raises(UserError, match="cannot write --report .*report"):
+        call(tune.main, *flags, "--report", tmp_path / "report")
+    assert output.exists()

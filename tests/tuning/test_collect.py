@@ -104,6 +104,16 @@ def test_without_a_datastore_there_are_no_neighbours(model):
     assert collect(model, samples_of(blocks), len(text), EOS).queries is None
 
 
+def test_a_model_that_gives_what_is_not_finite_is_refused_at_the_first_chunk():
+    blocks, text = make_blocks(seed=6)
+    broken, progress = make_model(), []
+    with torch.no_grad():
+        broken.decoder.layers[2].fc2.weight.mul_(1e38)  # the keys before it stay as they are
+    with pytest.raises(UserError, match="no finite log-probability for 35 of 35 tokens"):
+        collect(broken, samples_of(blocks), len(text), EOS, on_progress=progress.append)
+    assert progress == []
+
+
 def test_what_cannot_be_is_refused(model):
     blocks, text = make_blocks(seed=5)
     with pytest.raises(UserError, match="keep_queries needs a retriever, or a key"):
