@@ -29,7 +29,7 @@ PIP_FLAGS = -q --disable-pip-version-check
 .PHONY: help install demo paper test lint test-legacy clean
 
 help:
-	@echo "make demo         raw text to a kNN language model and its perplexity: examples/sotu, 12 minutes"
+	@echo "make demo         raw text to a kNN language model and its perplexity: examples/sotu, 13 minutes"
 	@echo "make paper        the paper section by section: examples/paper, 65 minutes, 12 GB of disk"
 	@echo "make test         the tests"
 	@echo "make lint         ruff: check and format --check"

@@ -9,7 +9,7 @@ every command (logs/), two pages to open in a browser, and at the end results.js
 perplexity.png. Started again, it goes on with the first step that has not finished, or whose
 command, inputs or outputs have changed since.
 
-The sizes are those of a demonstration: two CPU cores, 12 minutes.
+The sizes are those of a demonstration: two CPU cores, 13 minutes.
 """
 
 import argparse
@@ -197,7 +197,7 @@ def make_model(pipeline, prepare_arguments, max_update):
     )
     pipeline.run(
         "train",
-        "a small transformer language model (4 minutes on 2 cores)",
+        "a small transformer language model (4 to 7 minutes on 2 cores)",
         [
             *(program("fairseq-train"), data, "--user-dir", PLUGIN, "--task", "knnlm_lm", "--cpu"),
             *training_flags(adaptive_cutoffs(dictionary), max_update),
