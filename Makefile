@@ -46,7 +46,7 @@ paper: $(PAPER_INSTALLED)
 	$(BIN)/python examples/paper/run.py
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
@@ -72,7 +72,7 @@ $(PAPER_INSTALLED): $(INSTALLED)
 	@touch $@
 
 test-legacy: $(LEGACY_INSTALLED)
-	$(LEGACY)/bin/python -m pytest
+	$(LEGACY)/bin/python -m pytest -n 2 --dist loadfile
 
 # fairseq 0.12.2 requires an omegaconf whose metadata pip >= 24.1 refuses. It is built with a torch
 # of its own, in isolation: its setup asks for one without naming a release.
