@@ -56,17 +56,17 @@ def sample():
     return encoding.ChunkCollater(1, 8)([blocks()[0]])
 
 
-def built(house, make_samples=None, **settings):
+def built(house, **settings):
     settings = {**settings_of(house, "l2"), **settings}
     return building.build_datastore(
-        f"{house.folder}/built", house.model, blocks(), make_samples, settings, "Nonesuch"
+        f"{house.folder}/built", house.model, blocks(), None, settings, "Nonesuch"
     )
 
 
 def dumped(house):
     with writer(house, chunk_sizes=[5], dimension=8, overwrite=True) as entered:
         with encoding.KeyExtractor(house.model.decoder) as extractor:
-            building.dump(house.model, extractor, [(sample(), 0)], entered)
+            building.dump(house.model, [(0, sample())], extractor, entered)
 
 
 def finished(house):
@@ -78,7 +78,7 @@ def finished(house):
 REFUSED = [
     ("build_datastore", built, "'Nonesuch' (--knn-index) is no FAISS index"),
     ("dump", dumped, "rows 0 to 5 of keys.npy must be float16 of shape (5, 8)"),
-    ("estimate_build", lambda h: building.estimate_build(9, 8, np.uint8, "Flat", "cos"),
+    ("estimate_build", lambda h: building.estimate_build("Flat", 9, 8, "cos", np.uint8),
      "metric must be one of l2, ip, got 'cos'"),
     ("finish", finished, "metric must be one of l2, ip, got 'cos'"),
     ("key_of", lambda h: building.key_of(h.model, layer="x"), "layer (--knn-key-layer) must be"),

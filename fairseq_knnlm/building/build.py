@@ -111,7 +111,7 @@ def build_datastore(
     path: str,
     model,
     blocks: BlockDataset,
-    make_samples: Callable,
+    samples_of: Callable,
     settings: dict,
     factory: Optional[str] = None,
     num_shards: int = 1,
@@ -124,7 +124,7 @@ def build_datastore(
         path (str): directory of the datastore.
         model: a fairseq decoder-only language model in evaluation mode.
         blocks (BlockDataset): the text.
-        make_samples (callable): takes the chunks that are to be dumped, a dict of their numbers
+        samples_of (callable): takes the chunks that are to be dumped, a dict of their numbers
             and ranges of blocks; gives their samples, in that order.
         settings (dict): from ``manifest_settings``.
         factory (str): FAISS factory string; None: chosen from the size.
@@ -160,8 +160,10 @@ def build_datastore(
             todo = sorted(set(mine) - set(writer.done))
             if len(todo) < len(mine):
                 logger.info(f"going on after {len(mine) - len(todo)} of {len(mine)} chunks")
-            samples = make_samples({number: chunks[number] for number in todo})
-            dump(model, extractor, zip(samples, todo), writer)
+            samples = samples_of({number: chunks[number] for number in todo})
+            # Samples stand first in zip, which asks them until their end: their workers end then.
+            numbered = ((number, sample) for sample, number in zip(samples, todo))
+            dump(model, numbered, extractor, writer)
             missing = finish(writer, factory, metric)
     if missing:
         logger.info(
@@ -173,17 +175,17 @@ def build_datastore(
 
 def dump(
     model,
+    samples: Iterable[tuple[int, dict]],
     extractor: KeyExtractor,
-    samples: Iterable[tuple[dict, int]],
     writer: DatastoreWriter,
 ) -> None:
     """Write keys and values of some chunks.
 
     Args:
         model: a fairseq decoder-only language model in evaluation mode.
+        samples (iterable): numbers of chunks, and of each the sample from
+            ``encoding.ChunkCollater``.
         extractor (KeyExtractor): an entered extractor on this model.
-        samples (iterable): samples from ``encoding.ChunkCollater`` and the number of the chunk that
-            each is.
         writer (DatastoreWriter): an entered writer.
 
     Raises:
@@ -194,7 +196,7 @@ def dump(
     # thread would only take a core from the model.
     with ThreadPoolExecutor(1) as background:
         writing = None
-        for sample, number in samples:
+        for number, sample in samples:
             keys = encode_keys(model, to_device(sample, device), extractor)
             if writing is not None:
                 writing.result()
@@ -255,7 +257,7 @@ def finish(writer: DatastoreWriter, factory: str, metric: str, nprobe: int = DEF
                 writer.key_checks(),
             )
             logger.info("looking for a temperature to start with")
-            temperature = find_temperature(index_path, metric, keys, writer.values(), nprobe)
+            temperature = find_temperature(keys, writer.values(), metric, index_path, nprobe)
             writer.finish(description, temperature=temperature)
             logger.info(f"datastore {writer.path} is complete: {writer.count:,} entries")
         return missing

@@ -10,10 +10,8 @@ import os
 import resource
 from typing import NamedTuple, Optional
 
-import numpy as np
-
 from ..datastore.journal import INDEX_WORK
-from ..datastore.layout import INDEX, KEY_DTYPE, KEYS, VALUES, npy_header
+from ..datastore.layout import INDEX, array_layout, npy_bytes
 from ..search.index_cost import estimate_cost
 from ..units import in_bytes, in_time
 
@@ -50,21 +48,21 @@ class Estimate(NamedTuple):
         return sum(self.disk.values())
 
 
-def estimate_build(count: int, dimension: int, dtype, factory: str, metric: str) -> Estimate:
+def estimate_build(factory: str, count: int, dimension: int, metric: str, dtype) -> Estimate:
     """What a datastore takes.
 
     Args:
+        factory (str): FAISS factory string.
         count (int): entries, N.
         dimension (int): numbers of a key, D.
-        dtype (numpy.dtype): of the values.
-        factory (str): FAISS factory string.
         metric (str): ``l2`` or ``ip``.
+        dtype (numpy.dtype): of the values.
+
+    Raises:
+        UserError: if FAISS does not know the factory string, or there is no such metric.
     """
-    arrays = {KEYS: ((count, dimension), KEY_DTYPE), VALUES: ((count,), np.dtype(dtype))}
-    sizes = {
-        name: len(npy_header(shape, kind)) + int(np.prod(shape)) * kind.itemsize
-        for name, (shape, kind) in arrays.items()
-    }
+    layout = array_layout(count, dimension, dtype)
+    sizes = {name: npy_bytes(*array) for name, array in layout.items()}
     cost = estimate_cost(factory, count, dimension, metric)
     disk = {**sizes, INDEX: cost.file, INDEX_WORK: cost.parts}
     return Estimate(disk, cost.training, cost.building, cost.loaded)

@@ -222,7 +222,7 @@ def print_estimate(cfg, args, directory: str) -> None:
         # The vocabulary is not known: the largest type of values.
         count, dimension, dtype, trial = args.entries, args.dimension, np.dtype("uint32"), None
     factory = _factory(cfg, count, dimension)
-    costs = estimate_build(count, dimension, dtype, factory, metric)
+    costs = estimate_build(factory, count, dimension, metric, dtype)
     print(f"{directory}: {count:,} entries of {dimension:,} dimensions, index {factory}")
     print(table(costs, count, free_bytes(directory), NEIGHBORS_BYTES, trial), flush=True)
     refuse_small_disk(directory, costs.disk_bytes, count)

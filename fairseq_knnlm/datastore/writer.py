@@ -176,7 +176,7 @@ class DatastoreWriter:
     def _is_on_disk(self, entry: Entry) -> bool:
         if entry.chunk >= len(self._ends):
             return False
-        actual = self._arrays.checksums(*self._rows(entry.chunk))
+        actual = self._arrays.checksums(*self._range(entry.chunk))
         return actual == [entry.keys_checksum, entry.values_checksum]
 
     # -- writing -------------------------------------------------------------------------------
@@ -196,17 +196,17 @@ class DatastoreWriter:
         """
         if not 0 <= chunk < len(self._ends):
             raise UserError(f"chunk must be in [0, {len(self._ends)}), got {chunk}")
-        rows = self._rows(chunk)
-        self._arrays.check(KEYS, *rows, keys)
-        self._arrays.check(VALUES, *rows, values)
+        start, stop = self._range(chunk)
+        self._arrays.check(KEYS, start, stop, keys)
+        self._arrays.check(VALUES, start, stop, values)
         if not np.isfinite(keys).all():
             raise UserError(
                 "a key is infinite or not a number in float16; the model's states "
                 "are beyond 65504, or broken (half-precision overflow? try without --fp16)"
             )
         with self._disk_errors_explained():
-            keys_checksum = self._arrays.write(KEYS, rows[0], keys)
-            values_checksum = self._arrays.write(VALUES, rows[0], values)
+            keys_checksum = self._arrays.write(KEYS, start, keys)
+            values_checksum = self._arrays.write(VALUES, start, values)
             self._journal.append(Entry(chunk, keys_checksum, values_checksum))
         self.done.append(chunk)
 
@@ -224,7 +224,7 @@ class DatastoreWriter:
 
     @contextlib.contextmanager
     def finishing(self) -> Iterator[Optional[str]]:
-        """Held by the one builder that finishes a datastore all of whose chunks are written.
+        """Held by the one builder that finishes a datastore, once every chunk of it is written.
 
         Yields:
             str: what other shards have not done yet; empty when it can be finished; None when
@@ -326,5 +326,6 @@ class DatastoreWriter:
     def _in(self, name: str) -> str:
         return os.path.join(self.path, name)
 
-    def _rows(self, chunk: int) -> tuple[int, int]:
+    def _range(self, chunk: int) -> tuple[int, int]:
+        """The first row of a chunk, and the one after its last."""
         return int(self._ends[chunk - 1]) if chunk else 0, int(self._ends[chunk])

@@ -14,6 +14,9 @@ def estimate_bytes(factory: str, count: int, dimension: int, metric: str) -> int
         count (int): keys that it will hold.
         dimension (int): D.
         metric (str): ``l2`` or ``ip``.
+
+    Raises:
+        UserError: if FAISS does not know the factory string, or there is no such metric.
     """
     index = make_index(factory, dimension, metric)
     ivf = inverted_file(index)
@@ -53,6 +56,9 @@ def estimate_cost(factory: str, count: int, dimension: int, metric: str) -> Inde
         count (int): keys that it will hold.
         dimension (int): D.
         metric (str): ``l2`` or ``ip``.
+
+    Raises:
+        UserError: as ``estimate_bytes``.
     """
 
     def size(rows):

@@ -38,16 +38,16 @@ _ROWS = 1 << 22
 
 
 def find_temperature(
-    index_path: str, metric: str, keys: np.ndarray, values: np.ndarray, nprobe: int
+    keys: np.ndarray, values: np.ndarray, metric: str, index_path: str, nprobe: int
 ) -> dict:
     """A temperature for a datastore, from a sample of its own keys.
 
     Args:
-        index_path (str): the index over the keys; its distances are good enough, and cost no
-            reading of keys.
-        metric (str): ``l2`` or ``ip``.
         keys (ndarray): shape (N, D), float16.
         values (ndarray): shape (N,), unsigned.
+        metric (str): ``l2`` or ``ip``.
+        index_path (str): the index over the keys; its distances are good enough, and cost no
+            reading of keys.
         nprobe (int): inverted lists visited.
 
     Returns:

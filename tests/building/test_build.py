@@ -84,7 +84,7 @@ def test_dump_and_finish_are_its_two_halves(lm, datastores, tmp_path):
     with extractor_of(model, key_of(model)) as extractor:
         with DatastoreWriter(path, settings_of(lm), [count], extractor.dimension, dtype) as writer:
             samples = make_samples(blocks, [range(len(blocks))], max_tokens=36000)
-            dump(model, extractor, zip(samples, [0]), writer)
+            dump(model, zip([0], samples), extractor, writer)
             assert finish(writer, "Flat", "l2") == ""
     expected = contents(datastores[lm.architecture])
     assert contents(path)["keys.npy"] == expected["keys.npy"]

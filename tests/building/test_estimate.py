@@ -28,7 +28,7 @@ def test_the_files_are_as_large_as_estimated(factory, tmp_path):
     values = random_values(1, COUNT, TYPES)
     keys = random_keys(0, COUNT, DIMENSION)
     path = make_datastore(tmp_path / "d", keys, values, factory=factory)
-    costs = estimate_build(COUNT, DIMENSION, values.dtype, factory, "l2")
+    costs = estimate_build(factory, COUNT, DIMENSION, "l2", values.dtype)
     size = {name: os.path.getsize(os.path.join(path, name)) for name in (KEYS, VALUES, INDEX)}
     assert costs.disk[KEYS] == size[KEYS] and costs.disk[VALUES] == size[VALUES]
     assert costs.disk[INDEX] == pytest.approx(size[INDEX], rel=0.03)

@@ -20,7 +20,7 @@ def make_text(count, scale=1.0):
 
 def find(path, keys, values, factory="Flat", metric="l2"):
     path = make_datastore(path, keys, values, factory=factory, metric=metric)
-    return find_temperature(f"{path}/index.faiss", metric, keys, values, nprobe=32)
+    return find_temperature(keys, values, metric, f"{path}/index.faiss", nprobe=32)
 
 
 def likelihood(keys, values, temperature):
