@@ -286,6 +286,10 @@ class Lab:
         """Perplexity of a split."""
         return perplexity(self.log_p(name, split))
 
+    def on_both(self, name):
+        """Perplexity of valid and of test, as text."""
+        return [f"{self.perplexity(name, split):.2f}" for split in ("valid", "test")]
+
     def change(self, first, second, split="test"):
         """From the perplexity of *first* to that of *second*, with its 95% interval."""
         targets = np.load(self.scores_path(first, split))["targets"]

@@ -51,9 +51,9 @@ def results(lab):
         "Table 3",
         ["", "paper, valid", "test", "here, valid", "test"],
         [
-            ["model of all (paper: 3B)", "16.11", "15.17", *_both(lab, whole_name)],
+            ["model of all (paper: 3B)", "16.11", "15.17", *lab.on_both(whole_name)],
             [f"model of a part (paper: 100M; here {entries[0]:,})", "20.99", "19.59",
-             *_both(lab, PIECE)],
+             *lab.on_both(PIECE)],
             ["model of a part + datastore of all", "14.61", "13.73",
              f"{best[-1]['perplexity']:.2f}", f"{perplexities[-1]:.2f}"],
         ],
@@ -111,7 +111,3 @@ def results(lab):
             )
         ],
     )  # fmt: skip
-
-
-def _both(lab, name):
-    return [f"{lab.perplexity(name, split):.2f}" for split in ("valid", "test")]

@@ -42,8 +42,8 @@ def results(lab):
         against_native.append(lab.change(native, adapted))
         lambdas.append([lab.tuned(name)["best"]["knn_lambda"] for name in (adapted, own)])
         rows = [
-            [f"model of {source.name}", *PAPER["out of domain"], *_both(lab, outside), "", ""],
-            [f"model of {target.name}", *PAPER["in domain"], *_both(lab, native), "", ""],
+            [f"model of {source.name}", *PAPER["out of domain"], *lab.on_both(outside), "", ""],
+            [f"model of {target.name}", *PAPER["in domain"], *lab.on_both(native), "", ""],
             [f"model of {source.name} + datastore of {target.name}",
              *PAPER["out of domain + datastore"], *_tuned(lab, adapted), percent(gains[-1]),
              f"{lambdas[-1][0]:.3f}"],
@@ -82,10 +82,6 @@ def results(lab):
             ),
         ],
     )
-
-
-def _both(lab, name):
-    return [f"{lab.perplexity(name, split):.2f}" for split in ("valid", "test")]
 
 
 def _tuned(lab, name):

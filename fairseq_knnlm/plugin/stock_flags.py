@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from typing import Optional
 
 from ..errors import UserError
+from ..scoring.compatibility import ensemble_fault
 from .commands import runs
 
 # Flags that choose what a model of fairseq is trained to predict.
@@ -134,10 +135,7 @@ def _checkpoint_faults(whole) -> Iterator[str]:
     path = whole.common_eval.path
     checkpoints = path.split(os.pathsep)
     if len(checkpoints) > 1 and all(map(os.path.exists, checkpoints)):
-        yield (
-            f"an ensemble of models is not supported: --path names {len(checkpoints)} checkpoints, "
-            "a datastore belongs to one"
-        )
+        yield ensemble_fault(len(checkpoints))
     elif os.path.isdir(path):
         yield f"--path {path} is a directory, no checkpoint: name a file in it"
     elif _is_one_file(whole) and not os.path.exists(path):

@@ -1,6 +1,6 @@
 """What fits: a datastore, a dictionary, a model and the flags that fix how a datastore is built."""
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Optional
 
 import torch
 
@@ -20,11 +20,19 @@ def refuse_ensemble(count: int) -> None:
     Raises:
         UserError: unless there is exactly one.
     """
-    if count != 1:
-        raise UserError(
-            f"an ensemble of {count} models is not supported: a datastore belongs to one model; "
-            "pass one checkpoint as --path"
-        )
+    fault = ensemble_fault(count)
+    if fault:
+        raise UserError(fault)
+
+
+def ensemble_fault(count: int) -> Optional[str]:
+    """What is wrong with so many models; None: nothing, it is one."""
+    if count == 1:
+        return None
+    return (
+        f"an ensemble of {count} models is not supported: a datastore belongs to one model; pass "
+        "one checkpoint as --path"
+    )
 
 
 def refuse_other_dictionary(retriever: "Retriever", fingerprint: str) -> None:

@@ -110,7 +110,7 @@ def test_ensemble_in_eval_lm(data, checkpoints):
         "--path", both, "--cpu", check=False,
     )  # fmt: skip
     assert done.returncode != 0
-    assert "ensemble of models is not supported" in done.stdout
+    assert "an ensemble of 2 models is not supported" in done.stdout
 
 
 def test_model_that_is_no_language_model(data, tmp_path):
