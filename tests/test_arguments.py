@@ -136,7 +136,7 @@ REFUSED = [
     ("Retriever", lambda h: search.Retriever.open([h.path], k=3).search(ROWS, True), "got True"),
     ("build_index", lambda h: search.build_index(np.zeros((1, 2)), "Flat", "cos", "", "/nonesuch"),
      "metric must be one of l2, ip, got 'cos'"),
-    ("default_factory", lambda h: search.default_factory(-1, 8), "count must be a whole number"),
+    ("default_index_factory", lambda h: search.default_index_factory(-1, 8), "count must be a"),
     ("CacheSweep", lambda h: tuning.CacheSweep(DATA._replace(queries=ROWS), "ip", "none"),
      "keep_apart must be True or False, got 'none'"),
     ("Chosen",

@@ -24,10 +24,10 @@ from ..encoding.key_extractor import KeyExtractor, extractor_of, resolve_layer
 from ..encoding.samples import to_device
 from ..fields import one_of
 from ..options import DEFAULT_KEY, DEFAULT_NPROBE, METRICS
-from ..search.factory import default_factory, refuse_unbuildable
 from ..search.faiss_import import faiss_version
 from ..search.index_build import build_index
 from ..search.index_cost import estimate_cost
+from ..search.index_factory import default_index_factory, refuse_unbuildable
 from ..tuning.temperature import find_temperature
 from ..version import __version__
 
@@ -113,7 +113,7 @@ def build_datastore(
     blocks: BlockDataset,
     samples_of: Callable,
     settings: dict,
-    factory: Optional[str] = None,
+    index_factory: Optional[str] = None,
     num_shards: int = 1,
     shard_id: int = 0,
     overwrite: bool = False,
@@ -127,7 +127,7 @@ def build_datastore(
         samples_of (callable): takes the chunks that are to be dumped, a dict of their numbers
             and ranges of blocks; gives their samples, in that order.
         settings (dict): from ``manifest_settings``.
-        factory (str): FAISS factory string; None: chosen from the size.
+        index_factory (str): FAISS factory string; None: chosen from the size.
         num_shards, shard_id (int): how many processes build it, and which this is, from 0.
         overwrite (bool): replace the datastore that is there.
 
@@ -142,12 +142,12 @@ def build_datastore(
     sizes = [int(blocks.sizes[chunk.start : chunk.stop].sum()) for chunk in chunks]
     with extractor_of(model, settings["key"]) as extractor:
         dimension, metric = extractor.dimension, settings["metric"]
-        factory = factory or default_factory(sum(sizes), dimension)
-        refuse_unbuildable(factory, sum(sizes), dimension, metric)
-        cost = estimate_cost(factory, sum(sizes), dimension, metric)
+        index_factory = index_factory or default_index_factory(sum(sizes), dimension)
+        refuse_unbuildable(index_factory, sum(sizes), dimension, metric)
+        cost = estimate_cost(index_factory, sum(sizes), dimension, metric)
         with DatastoreWriter(
             path,
-            {**settings, "index": {"factory": factory}},
+            {**settings, "index": {"factory": index_factory}},
             sizes,
             dimension,
             value_dtype(settings["dictionary"]["types"]),
@@ -164,7 +164,7 @@ def build_datastore(
             # Samples stand first in zip, which asks them until their end: their workers end then.
             numbered = ((number, sample) for sample, number in zip(samples, todo))
             dump(model, numbered, extractor, writer)
-            missing = finish(writer, factory, metric)
+            missing = finish(writer, index_factory, metric)
     if missing:
         logger.info(
             f"this share is done, others are not ({missing}): the last of the {num_shards} "
@@ -226,12 +226,14 @@ def _write(writer, number: int, keys, values) -> None:
     writer.write(number, keys.cpu().numpy(), values.cpu().numpy().astype(writer.value_dtype))
 
 
-def finish(writer: DatastoreWriter, factory: str, metric: str, nprobe: int = DEFAULT_NPROBE) -> str:
+def finish(
+    writer: DatastoreWriter, index_factory: str, metric: str, nprobe: int = DEFAULT_NPROBE
+) -> str:
     """Build the index and write the manifest, once all chunks are written.
 
     Args:
         writer (DatastoreWriter): an entered writer, whose own share is written.
-        factory (str): FAISS factory string.
+        index_factory (str): FAISS factory string.
         metric (str): ``l2`` or ``ip``.
         nprobe (int): inverted lists visited where a temperature to start with is looked for.
 
@@ -249,7 +251,7 @@ def finish(writer: DatastoreWriter, factory: str, metric: str, nprobe: int = DEF
             keys, index_path = writer.keys(), writer.index_path
             description = build_index(
                 keys,
-                factory,
+                index_factory,
                 metric,
                 index_path,
                 writer.work_path,

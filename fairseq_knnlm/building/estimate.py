@@ -48,11 +48,11 @@ class Estimate(NamedTuple):
         return sum(self.disk.values())
 
 
-def estimate_build(factory: str, count: int, dimension: int, metric: str, dtype) -> Estimate:
+def estimate_build(index_factory: str, count: int, dimension: int, metric: str, dtype) -> Estimate:
     """What a datastore takes.
 
     Args:
-        factory (str): FAISS factory string.
+        index_factory (str): FAISS factory string.
         count (int): entries, N.
         dimension (int): numbers of a key, D.
         metric (str): ``l2`` or ``ip``.
@@ -63,7 +63,7 @@ def estimate_build(factory: str, count: int, dimension: int, metric: str, dtype)
     """
     layout = array_layout(count, dimension, dtype)
     sizes = {name: npy_bytes(*array) for name, array in layout.items()}
-    cost = estimate_cost(factory, count, dimension, metric)
+    cost = estimate_cost(index_factory, count, dimension, metric)
     disk = {**sizes, INDEX: cost.file, INDEX_WORK: cost.parts}
     return Estimate(disk, cost.training, cost.building, cost.loaded)
 

@@ -26,7 +26,7 @@ from ..errors import UserError
 from ..options import DEFAULT_METRIC
 from ..plugin.results import description, write_results
 from ..scoring.in_effect import DEFAULT, GIVEN, settings_line
-from ..search.factory import default_factory, refuse_unbuildable
+from ..search.index_factory import default_index_factory, refuse_unbuildable
 from .command_line import (
     context_settings,
     make_eval_parser,
@@ -221,9 +221,9 @@ def print_estimate(cfg, args, directory: str) -> None:
         _check_sizes(args)
         # The vocabulary is not known: the largest type of values.
         count, dimension, dtype, trial = args.entries, args.dimension, np.dtype("uint32"), None
-    factory = _factory(cfg, count, dimension)
-    costs = estimate_build(factory, count, dimension, metric, dtype)
-    print(f"{directory}: {count:,} entries of {dimension:,} dimensions, index {factory}")
+    index_factory = _factory(cfg, count, dimension)
+    costs = estimate_build(index_factory, count, dimension, metric, dtype)
+    print(f"{directory}: {count:,} entries of {dimension:,} dimensions, index {index_factory}")
     print(table(costs, count, free_bytes(directory), NEIGHBORS_BYTES, trial), flush=True)
     refuse_small_disk(directory, costs.disk_bytes, count)
 
@@ -256,10 +256,10 @@ def _tried(cfg):
 
 def _factory(cfg, count: int, dimension: int) -> str:
     """``--knn-index``, or the default for the size."""
-    factory = cfg.task.knn_index or default_factory(count, dimension)
+    index_factory = cfg.task.knn_index or default_index_factory(count, dimension)
     metric = str(cfg.task.knn_metric or DEFAULT_METRIC)
-    refuse_unbuildable(factory, count, dimension, metric)
-    return factory
+    refuse_unbuildable(index_factory, count, dimension, metric)
+    return index_factory
 
 
 def _output_directory(cfg) -> str:

@@ -19,7 +19,7 @@ Fields of the manifest:
   of a file that is not in ``chunks``;
 - ``chunks``: ``rows``, the row behind each chunk, and of ``keys.npy`` and ``values.npy`` a checksum
   for each chunk;
-- ``index``: what ``search.factory`` says of the index;
+- ``index``: what ``search.index_factory`` says of the index;
 - whatever the builder was given as settings and learnt at its end: ``key``, ``metric``, ``model``,
   ``dictionary``, ``data``, ``context``, ``versions`` and ``temperature`` of
   ``fairseq-knnlm-build``.

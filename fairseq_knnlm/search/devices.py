@@ -22,12 +22,12 @@ def gpu_available() -> bool:
     return hasattr(faiss, "StandardGpuResources") and faiss.get_num_gpus() > 0
 
 
-def choose_device(device: str, factory: str, k: int, nprobe: int) -> str:
+def choose_device(device: str, index_factory: str, k: int, nprobe: int) -> str:
     """Where an index is searched: *device*, or for ``auto`` a GPU if that is possible.
 
     Args:
         device (str): ``cpu``, ``cuda`` or ``auto``.
-        factory (str): FAISS factory string of the index.
+        index_factory (str): FAISS factory string of the index.
         k (int): neighbours per query.
         nprobe (int): inverted lists visited.
 
@@ -39,7 +39,7 @@ def choose_device(device: str, factory: str, k: int, nprobe: int) -> str:
     """
     if device == "cpu":
         return "cpu"
-    obstacle = _gpu_obstacle(factory, k, nprobe)
+    obstacle = _gpu_obstacle(index_factory, k, nprobe)
     if device == "cuda" and obstacle:
         raise UserError(
             f"device (--knn-device) cuda: {obstacle}; use cpu, or distances (--knn-distances) "
@@ -50,16 +50,16 @@ def choose_device(device: str, factory: str, k: int, nprobe: int) -> str:
     return "cpu" if obstacle else "cuda"
 
 
-def _gpu_obstacle(factory: str, k: int, nprobe: int) -> Optional[str]:
+def _gpu_obstacle(index_factory: str, k: int, nprobe: int) -> Optional[str]:
     if not gpu_available():
         return "FAISS sees no GPU (is faiss-gpu installed?)"
-    if re.search(r"fs|Refine|RaBitQ|HNSW", factory):
-        return f"FAISS has no GPU version of the index {factory}; IVF4096,PQ64 has one"
-    quantizer = re.search(r"(?<![A-Z])PQ(\d+)(?:x(\d+))?", factory)
+    if re.search(r"fs|Refine|RaBitQ|HNSW", index_factory):
+        return f"FAISS has no GPU version of the index {index_factory}; IVF4096,PQ64 has one"
+    quantizer = re.search(r"(?<![A-Z])PQ(\d+)(?:x(\d+))?", index_factory)
     if quantizer and (int(quantizer[1]) not in GPU_SUB_QUANTIZERS or int(quantizer[2] or 8) != 8):
         return (
             f"FAISS's product quantisers on a GPU have 8 bits and one of {GPU_SUB_QUANTIZERS} "
-            f"sub-quantisers, the index is {factory}"
+            f"sub-quantisers, the index is {index_factory}"
         )
     if k > GPU_MAX_K:
         return f"FAISS finds at most {GPU_MAX_K} neighbours on a GPU, k (--knn-k) is {k}"

@@ -13,8 +13,8 @@ from ..fields import one_of
 from ..options import METRICS
 from ..progress import track
 from ..units import in_time
-from .factory import describe, inverted_file, make_index, training_rows
 from .faiss_import import faiss
+from .index_factory import describe, inverted_file, make_index, training_rows
 from .searcher import CheckRows, trust
 
 # The index is saved whenever so many rows, or this share of what it holds, have been added: an
@@ -115,7 +115,7 @@ def _expected(index, sample: np.ndarray) -> str:
 
 def build_index(
     keys: np.ndarray,
-    factory: str,
+    index_factory: str,
     metric: str,
     path: str,
     work_path: str,
@@ -129,7 +129,7 @@ def build_index(
 
     Args:
         keys (ndarray): shape (N, D), float16; row i gets id i.
-        factory (str): FAISS factory string.
+        index_factory (str): FAISS factory string.
         metric (str): ``l2`` or ``ip``.
         path (str): file to write, atomically.
         work_path (str): directory for intermediate files.
@@ -149,14 +149,14 @@ def build_index(
     if os.path.exists(begun_path):
         index = load(begun_path)
     else:
-        index = make_index(factory, keys.shape[1], metric)
+        index = make_index(index_factory, keys.shape[1], metric)
         _train(index, keys, report)
         save(index, begun_path)
     report(f"adding {len(keys) - index.ntotal:,} keys to the index")
     count = -(-(len(keys) - index.ntotal) // _block_rows(keys))
     for block in track("index", _saved_blocks(index, keys, path, begun_path, check_rows), count):
         _add(index, block)
-    return describe(index, factory, metric)
+    return describe(index, index_factory, metric)
 
 
 def _saved_blocks(

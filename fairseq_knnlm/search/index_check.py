@@ -4,9 +4,9 @@ from collections.abc import Iterator
 
 from ..datastore.datastore import Datastore
 from ..errors import UserError
-from .factory import make_index
 from .faiss_import import FAISS_METRICS, faiss
 from .index_build import load
+from .index_factory import make_index
 
 _METRIC_NAMES = {number: name for name, number in FAISS_METRICS.items()}
 # Sizes that tell indexes of one class apart, and the indexes within an index.

@@ -2,15 +2,15 @@
 
 from typing import NamedTuple
 
-from .factory import inverted_file, make_index, training_rows
 from .index_build import BLOCK_BYTES, part_end
+from .index_factory import inverted_file, make_index, training_rows
 
 
-def estimate_bytes(factory: str, count: int, dimension: int, metric: str) -> int:
+def estimate_bytes(index_factory: str, count: int, dimension: int, metric: str) -> int:
     """About how large the index will be on disk.
 
     Args:
-        factory (str): FAISS factory string.
+        index_factory (str): FAISS factory string.
         count (int): keys that it will hold.
         dimension (int): D.
         metric (str): ``l2`` or ``ip``.
@@ -18,7 +18,7 @@ def estimate_bytes(factory: str, count: int, dimension: int, metric: str) -> int
     Raises:
         UserError: if FAISS does not know the factory string, or there is no such metric.
     """
-    index = make_index(factory, dimension, metric)
+    index = make_index(index_factory, dimension, metric)
     ivf = inverted_file(index)
     if ivf is None:
         try:
@@ -48,11 +48,11 @@ class IndexCost(NamedTuple):
     loaded: int
 
 
-def estimate_cost(factory: str, count: int, dimension: int, metric: str) -> IndexCost:
+def estimate_cost(index_factory: str, count: int, dimension: int, metric: str) -> IndexCost:
     """What it costs to build an index, and to search it.
 
     Args:
-        factory (str): FAISS factory string.
+        index_factory (str): FAISS factory string.
         count (int): keys that it will hold.
         dimension (int): D.
         metric (str): ``l2`` or ``ip``.
@@ -62,12 +62,12 @@ def estimate_cost(factory: str, count: int, dimension: int, metric: str) -> Inde
     """
 
     def size(rows):
-        return estimate_bytes(factory, rows, dimension, metric)
+        return estimate_bytes(index_factory, rows, dimension, metric)
 
     saved = 0
     while part_end(saved, count) < count:
         saved = part_end(saved, count)
-    index = make_index(factory, dimension, metric)
+    index = make_index(index_factory, dimension, metric)
     # The memory of a list is a power of two: up to twice its codes.
     grown = size(count) * (2 if inverted_file(index) is not None else 1)
     return IndexCost(

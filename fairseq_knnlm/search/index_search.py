@@ -10,8 +10,8 @@ import torch
 from ..neighbors import Neighbors
 from ..progress import track
 from .devices import GPU_MAX_K, to_gpu
-from .factory import inverted_file
 from .faiss_import import faiss
+from .index_factory import inverted_file
 from .inverted_lists import InvertedLists
 from .keys_index import KeysIndex
 from .ordering import in_order, nearest_first

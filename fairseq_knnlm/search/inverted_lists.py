@@ -4,8 +4,8 @@ from typing import Callable
 
 import numpy as np
 
-from .factory import inverted_file
 from .faiss_import import faiss
+from .index_factory import inverted_file
 
 
 class InvertedLists:

@@ -46,7 +46,7 @@ def test_it_is_the_datastore_of_the_command(lm, datastores, tmp_path):
     blocks = blocks_of(lm)
     path = str(tmp_path / "datastore")
     assert build_datastore(
-        path, lm.models[0], blocks, samples_of(blocks), settings_of(lm), factory="Flat"
+        path, lm.models[0], blocks, samples_of(blocks), settings_of(lm), index_factory="Flat"
     )
     made, expected = contents(path), contents(datastores[lm.architecture])
     for name in ("keys.npy", "values.npy", "index.faiss"):

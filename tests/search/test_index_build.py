@@ -10,15 +10,15 @@ from helpers.small import all_distances, assert_nearest, quiet, random_keys, sav
 
 from fairseq_knnlm.errors import UserError
 from fairseq_knnlm.search import index_build
-from fairseq_knnlm.search.factory import (
+from fairseq_knnlm.search.index_build import build_index, load, training_sample
+from fairseq_knnlm.search.index_cost import estimate_bytes
+from fairseq_knnlm.search.index_factory import (
     FLAT_BELOW,
     MAX_NLIST,
-    default_factory,
+    default_index_factory,
     make_index,
     refuse_unbuildable,
 )
-from fairseq_knnlm.search.index_build import build_index, load, training_sample
-from fairseq_knnlm.search.index_cost import estimate_bytes
 
 COUNT, DIMENSION = 1500, 16
 METRICS = ["l2", "ip"]
@@ -33,9 +33,9 @@ def lists_of(factory):
 
 
 def test_the_default_index_grows_with_the_datastore():
-    assert default_factory(FLAT_BELOW - 1, 256) == "Flat"
+    assert default_index_factory(FLAT_BELOW - 1, 256) == "Flat"
     counts = [2**exponent for exponent in range(8, 38)]
-    nlists = [lists_of(default_factory(count, 256)) for count in counts]
+    nlists = [lists_of(default_index_factory(count, 256)) for count in counts]
     assert nlists == sorted(nlists)
     for count, nlist in zip(counts, nlists):
         assert nlist <= 2 * np.sqrt(count)
@@ -43,7 +43,7 @@ def test_the_default_index_grows_with_the_datastore():
 
 
 def test_the_default_index_at_the_scale_of_the_paper():
-    factory = default_factory(103_227_021, 1024)
+    factory = default_index_factory(103_227_021, 1024)
     index = make_index(factory, 1024, "l2")
     assert index.nlist == MAX_NLIST == 4096
     assert index.sa_code_size() - index.coarse_code_size() == 64
@@ -52,7 +52,7 @@ def test_the_default_index_at_the_scale_of_the_paper():
 @pytest.mark.parametrize("metric", METRICS)
 @pytest.mark.parametrize("dimension", [16, 64, 96, 100, 256, 1024])
 def test_every_default_index_can_be_built(tmp_path, dimension, metric):
-    factory = default_factory(FLAT_BELOW, dimension)
+    factory = default_index_factory(FLAT_BELOW, dimension)
     assert factory.startswith("IVF")
     keys = save_keys(tmp_path, random_keys(4, 600, dimension))
     path = str(tmp_path / "index.faiss")

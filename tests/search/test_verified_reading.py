@@ -13,9 +13,9 @@ from fairseq_knnlm.datastore import Datastore
 from fairseq_knnlm.datastore.manifest import INDEX, KEYS, VALUES
 from fairseq_knnlm.errors import UserError
 from fairseq_knnlm.search import Retriever
-from fairseq_knnlm.search.factory import make_index
 from fairseq_knnlm.search.index_build import build_index
 from fairseq_knnlm.search.index_check import index_faults
+from fairseq_knnlm.search.index_factory import make_index
 
 COUNT, DIMENSION = 1200, 16
 CHUNKS = [300] * 4

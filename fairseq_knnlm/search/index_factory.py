@@ -20,7 +20,7 @@ TRAINING_KEYS_PER_LIST = 64
 _SIZE_OF_ZERO = r"(?:IVF|HNSW|NSG|PQ\d+x)0+(?!\d)"
 
 
-def default_factory(count: int, dimension: int) -> str:
+def default_index_factory(count: int, dimension: int) -> str:
     """A FAISS factory string for *count* keys.
 
     About 1.7 sqrt(N) lists, up to the paper's 4096, and 64-byte codes: 128
@@ -33,7 +33,9 @@ def default_factory(count: int, dimension: int) -> str:
     Raises:
         UserError: if a number cannot be.
     """
-    check_arguments("default_factory", count=(count, whole(0)), dimension=(dimension, whole(1)))
+    check_arguments(
+        "default_index_factory", count=(count, whole(0)), dimension=(dimension, whole(1))
+    )
     if count < FLAT_BELOW:
         return "Flat"
     nlist = min(MAX_NLIST, 64 * round(1.7 * math.sqrt(count) / 64))
@@ -41,11 +43,11 @@ def default_factory(count: int, dimension: int) -> str:
     return f"IVF{nlist},PQ{sub_quantizers}x4fs"
 
 
-def make_index(factory: str, dimension: int, metric: str):
+def make_index(index_factory: str, dimension: int, metric: str):
     """An empty, untrained FAISS index.
 
     Args:
-        factory (str): FAISS factory string.
+        index_factory (str): FAISS factory string.
         dimension (int): D.
         metric (str): ``l2`` or ``ip``.
 
@@ -54,22 +56,22 @@ def make_index(factory: str, dimension: int, metric: str):
     """
     check_arguments("make_index", metric=(metric, one_of(METRICS)))
     # "PQ16" would turn on polysemous training, 30 times slower and not used here
-    plain = re.sub(r"(?<![A-Z])(PQ\d+(x\d+)?)(?=$|,)", r"\1np", factory)
+    plain = re.sub(r"(?<![A-Z])(PQ\d+(x\d+)?)(?=$|,)", r"\1np", index_factory)
     try:
         return faiss.index_factory(dimension, plain, FAISS_METRICS[metric])
     except RuntimeError as error:
         reason = str(error).splitlines()[-1]
         raise UserError(
-            f"{factory!r} (--knn-index) is no FAISS index for {dimension} dimensions "
+            f"{index_factory!r} (--knn-index) is no FAISS index for {dimension} dimensions "
             f"({reason}); see the FAISS wiki, 'The index factory', e.g. IVF4096,PQ64 or Flat"
         ) from None
 
 
-def refuse_unbuildable(factory: str, count: int, dimension: int, metric: str) -> None:
+def refuse_unbuildable(index_factory: str, count: int, dimension: int, metric: str) -> None:
     """Refuse an index that cannot be built of *count* keys, before they are there.
 
     Args:
-        factory (str): FAISS factory string.
+        index_factory (str): FAISS factory string.
         count (int): keys that it will hold.
         dimension (int): D.
         metric (str): ``l2`` or ``ip``.
@@ -77,12 +79,12 @@ def refuse_unbuildable(factory: str, count: int, dimension: int, metric: str) ->
     Raises:
         UserError: naming both numbers.
     """
-    index = make_index(factory, dimension, metric)
+    index = make_index(index_factory, dimension, metric)
     ivf = inverted_file(index)
-    if re.search(_SIZE_OF_ZERO, factory):
+    if re.search(_SIZE_OF_ZERO, index_factory):
         raise UserError(
-            f"the index {factory} (--knn-index) has a size of 0 in it, where lists, links or bits "
-            "are counted: expected at least 1"
+            f"the index {index_factory} (--knn-index) has a size of 0 in it, where lists, links or "
+            "bits are counted: expected at least 1"
         )
     kinds = [faiss.downcast_index(index)] + ([ivf] if ivf is not None else [])
     needed = max(
@@ -96,7 +98,7 @@ def refuse_unbuildable(factory: str, count: int, dimension: int, metric: str) ->
         )
     if count < needed:
         raise UserError(
-            f"the index {factory} (--knn-index) needs {needed:,} keys to be trained on, the "
+            f"the index {index_factory} (--knn-index) needs {needed:,} keys to be trained on, the "
             f"split has {count:,}: use fewer lists, or Flat"
         )
 
@@ -107,12 +109,12 @@ def inverted_file(index):
     return faiss.downcast_index(ivf) if ivf is not None else None
 
 
-def describe(index, factory: str, metric: str) -> dict:
+def describe(index, index_factory: str, metric: str) -> dict:
     """What the manifest says of an index.
 
     Args:
         index: the FAISS index.
-        factory (str): FAISS factory string that it was made from.
+        index_factory (str): FAISS factory string that it was made from.
         metric (str): ``l2`` or ``ip``.
 
     Returns:
@@ -120,7 +122,7 @@ def describe(index, factory: str, metric: str) -> dict:
     """
     ivf = inverted_file(index)
     return {
-        "factory": factory,
+        "factory": index_factory,
         "metric": metric,
         "nlist": ivf.nlist if ivf is not None else None,
         "faiss_version": faiss_version(),
