@@ -13,8 +13,8 @@ import torch
 from ..building.build import JOURNAL_TOKENS, build_datastore, encode_keys, key_of, manifest_settings
 from ..building.estimate import Trial, estimate_build, table
 from ..datastore.datastore import Datastore
-from ..datastore.disk import free_bytes, refuse_small_disk
 from ..datastore.fingerprint import file_fingerprint
+from ..datastore.free_space import free_bytes, refuse_small_disk
 from ..datastore.journal import refuse_finished
 from ..datastore.reading_lock import refuse_readers
 from ..datastore.writer import value_dtype

@@ -17,9 +17,8 @@ from ..arguments import check_arguments
 from ..errors import UserError
 from ..fields import whole
 from ..files import checksum, render, write_atomically
-from .arguments import check_writer_arguments
 from .arrays import Arrays
-from .disk import refuse_small_disk
+from .free_space import refuse_small_disk
 from .journal import (
     INDEX_WORK,
     LOCK,
@@ -39,6 +38,7 @@ from .manifest import INDEX, KEYS, MANIFEST, VALUES, array_layout, make_manifest
 from .reading_lock import refuse_readers
 from .row_checks import RowChecks
 from .schema import refuse_faulty
+from .writer_arguments import check_writer_arguments
 
 
 def value_dtype(vocabulary_size: int) -> np.dtype:

@@ -1,7 +1,6 @@
 """What a build is said to cost, beside what it cost."""
 
 import os
-import shutil
 
 import numpy as np
 import pytest
@@ -10,7 +9,6 @@ from helpers.small import contents, make_datastore, random_keys, random_values
 
 from fairseq_knnlm.building.estimate import Estimate, estimate_build, table
 from fairseq_knnlm.cli import build as build_command
-from fairseq_knnlm.datastore.disk import free_bytes
 from fairseq_knnlm.datastore.manifest import INDEX, KEYS, VALUES
 from fairseq_knnlm.errors import UserError
 from fairseq_knnlm.search import index_build
@@ -51,17 +49,6 @@ def test_the_parts_of_an_index_are_on_the_disk_beside_it(tmp_path, monkeypatch):
     cost = estimate_cost(arguments[0], COUNT, DIMENSION, arguments[1])
     assert cost.file + cost.parts == pytest.approx(most, rel=0.03)
     assert cost.parts > 0.4 * cost.file
-
-
-def test_what_is_there_already_counts_as_room_but_not_what_was_never_written(tmp_path):
-    folder = tmp_path / "not" / "there"
-    free = free_bytes(str(folder))
-    assert free == pytest.approx(shutil.disk_usage(tmp_path).free, rel=0.2)
-    folder.mkdir(parents=True)
-    with open(folder / KEYS, "wb") as file:
-        file.write(bytes(1 << 20))
-        file.truncate(1 << 42)
-    assert free_bytes(str(folder)) < free + (1 << 41)
 
 
 def test_the_parts_of_the_memory_are_added_up():

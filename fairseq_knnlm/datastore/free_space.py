@@ -1,4 +1,4 @@
-"""Room on the disk for a datastore, asked for before it is begun."""
+"""Free space of a disk, asked for before a datastore is begun on it."""
 
 import os
 import shutil

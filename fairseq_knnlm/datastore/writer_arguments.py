@@ -4,8 +4,7 @@ import json
 
 import numpy as np
 
-from ..arguments import or_none
-from ..errors import UserError
+from ..arguments import or_none, refuse
 from ..fields import MOST, TEXT, Kind, Record, faults, is_whole, whole
 from .schema import settings_faults
 
@@ -26,8 +25,7 @@ def check_writer_arguments(arguments: dict) -> None:
     found = list(faults(arguments, Record({**_KINDS, "shard_id": of_shard}, {})))
     if _is_json_dict(arguments["settings"]):
         found += [f"in settings, {fault}" for fault in settings_faults(arguments["settings"])]
-    if found:
-        raise UserError(f"DatastoreWriter: {'; '.join(found)}")
+    refuse("DatastoreWriter", found)
 
 
 def _is_json_dict(value) -> bool:
