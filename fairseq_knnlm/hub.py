@@ -91,15 +91,15 @@ def _check_settings(knn: dict) -> None:
         raise UserError(
             f"no setting of the hub interface: {', '.join(unknown)}; there are {', '.join(_KNOWN)}"
         )
-    config, faults = OmegaConf.structured(KNNLMConfig), []
+    flags, faults = OmegaConf.structured(KNNLMConfig), []
     for name, value in knn.items():
         try:
-            config[name] = value
+            flags[name] = value
         except (OmegaConfBaseException, ValueError):
             faults.append(f"{name} must be {_expected(name)}, got {value!r}")
     if faults:
         raise UserError("; ".join(faults))
-    check_settings(config)
+    check_settings(flags)
 
 
 def _expected(name: str) -> str:

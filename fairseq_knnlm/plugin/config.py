@@ -193,53 +193,53 @@ class KNNLMConfig(LanguageModelingConfig):
     )
 
 
-def check_settings(cfg) -> None:
+def check_settings(flags) -> None:
     """Refuse settings that cannot be, all faults at once; fairseq's own as well.
 
     Args:
-        cfg: the task's part of the configuration.
+        flags: of the task, its part of fairseq's configuration.
 
     Raises:
         UserError: naming every flag that is wrong, what it may be and what came.
     """
-    given = given_settings(cfg)
+    given = given_settings(flags)
     out_of_range = range_faults(given)
-    faults = [*stock_faults(cfg), *_datastore_faults(cfg), *out_of_range]
+    faults = [*stock_faults(flags), *_datastore_faults(flags), *out_of_range]
     if given.get("nprobe") is not None and given.get("distances") == "exhaustive":
         faults.append("--knn-nprobe is for an index, --knn-distances exhaustive reads none")
     size = given.get("cache_size")
-    if size and datastore_paths(cfg) and not out_of_range:
+    if size and datastore_paths(flags) and not out_of_range:
         fault = weight_fault(Settings(**given))
         faults += [fault] if fault else []
     cache_flags = [name for name in given if name.startswith("cache_") and name != "cache_size"]
-    if cache_flags and not size and not cfg.knn_tuned:
-        flags = ", ".join(map(flag_of, cache_flags))
-        faults.append(f"{flags} without --knn-cache-size, which is 0: there is no cache")
-    if cfg.knn_show_neighbors < 0:
-        faults.append(f"--knn-show-neighbors must be >= 0, got {cfg.knn_show_neighbors}")
-    if cfg.knn_tuned and not datastore_paths(cfg):
+    if cache_flags and not size and not flags.knn_tuned:
+        named = ", ".join(map(flag_of, cache_flags))
+        faults.append(f"{named} without --knn-cache-size, which is 0: there is no cache")
+    if flags.knn_show_neighbors < 0:
+        faults.append(f"--knn-show-neighbors must be >= 0, got {flags.knn_show_neighbors}")
+    if flags.knn_tuned and not datastore_paths(flags):
         faults.append("--knn-tuned needs the --knn-datastore that was tuned")
     if faults:
         raise UserError("; ".join(faults))
     for name in ("knn_output", "knn_output_tokens"):
-        if getattr(cfg, name) is not None:
-            refuse_unwritable(flag_of(name), getattr(cfg, name))
+        if getattr(flags, name) is not None:
+            refuse_unwritable(flag_of(name), getattr(flags, name))
 
 
-def datastore_paths(cfg) -> list[str]:
+def datastore_paths(flags) -> list[str]:
     """The directories named by ``--knn-datastore``."""
-    return [path for path in (cfg.knn_datastore or "").split(":") if path]
+    return [path for path in (flags.knn_datastore or "").split(":") if path]
 
 
-def _datastore_faults(cfg) -> Iterator[str]:
+def _datastore_faults(flags) -> Iterator[str]:
     """What is wrong with ``--knn-datastore`` before any directory is opened."""
-    if cfg.knn_datastore is None:
+    if flags.knn_datastore is None:
         return
-    paths = datastore_paths(cfg)
+    paths = datastore_paths(flags)
     if not paths:
         yield (
             "--knn-datastore must name a directory, or several separated by ':', got "
-            f"{cfg.knn_datastore!r}"
+            f"{flags.knn_datastore!r}"
         )
     by_place: dict[str, list[str]] = {}
     for path in paths:
@@ -252,11 +252,11 @@ def _datastore_faults(cfg) -> Iterator[str]:
             )
 
 
-def unused_neighbor_flags(cfg) -> list[str]:
+def unused_neighbor_flags(flags) -> list[str]:
     """Flags of the neighbours that are given without a datastore, and so change nothing."""
-    if datastore_paths(cfg):
+    if datastore_paths(flags):
         return []
-    names = [name for name in _NEIGHBOR_FLAGS if getattr(cfg, name) is not None]
+    names = [name for name in _NEIGHBOR_FLAGS if getattr(flags, name) is not None]
     return [flag_of(name) for name in names]
 
 
@@ -265,9 +265,9 @@ def _field_of(setting: str) -> str:
     return setting if setting.startswith("knn_") else f"knn_{setting}"
 
 
-def given_settings(cfg) -> dict:
+def given_settings(flags) -> dict:
     """The ``Settings`` that the command line gives; a temperature that is no number as text."""
-    given = {name: getattr(cfg, _field_of(name)) for name in Settings._fields}
+    given = {name: getattr(flags, _field_of(name)) for name in Settings._fields}
     for name in ("distances", "cache_metric", "cache_reset"):
         # an Enum of fairseq's
         given[name] = None if given[name] is None else str(given[name])
@@ -277,11 +277,11 @@ def given_settings(cfg) -> dict:
     return {name: value for name, value in given.items() if value is not None}
 
 
-def refuse_other_than_tuned(cfg, tuned: dict) -> None:
+def refuse_other_than_tuned(flags, tuned: dict) -> None:
     """Refuse flags that say something else than what was tuned.
 
     Args:
-        cfg: the task's part of the command line.
+        flags: of the task.
         tuned (dict): from ``scoring.tuned_settings.settings_of_tuned``.
 
     Raises:
@@ -290,7 +290,7 @@ def refuse_other_than_tuned(cfg, tuned: dict) -> None:
     tuned = {**Settings()._asdict(), **tuned}
     faults = [
         f"{flag_of(name)} is {value}, {tuned[name]} was tuned"
-        for name, value in given_settings(cfg).items()
+        for name, value in given_settings(flags).items()
         if value != tuned[name]
     ]
     if faults:

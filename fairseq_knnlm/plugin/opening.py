@@ -67,25 +67,25 @@ class Opened(NamedTuple):
             yield self.unused
 
 
-def open_datastores(args) -> Opened:
+def open_datastores(flags) -> Opened:
     """What the flags ask for, once for a task.
 
     Args:
-        args: the task's part of the command line.
+        flags: of the task.
 
     Raises:
         UserError: if a datastore is not whole, or does not fit the flags or what was tuned.
     """
-    paths, given = datastore_paths(args), given_settings(args)
+    paths, given = datastore_paths(flags), given_settings(flags)
     if not paths:
         return Opened(InEffect.of(given, searched=False))
     tuned = alone = None
-    if args.knn_tuned:
+    if flags.knn_tuned:
         stored = tuned_for(paths)
         tuned, alone = settings_of_tuned(stored, paths[0]), neighbors_alone(stored, paths[0])
-        refuse_other_than_tuned(args, tuned)
+        refuse_other_than_tuned(flags, tuned)
     in_effect = InEffect.of(given, tuned)
-    retriever = _open_retriever(args, paths, in_effect.settings)
+    retriever = _open_retriever(flags, paths, in_effect.settings)
     settings = with_temperature(in_effect.settings, retriever.datastores[0])
     in_effect = in_effect.with_auto(settings)
     if tuned is None:
@@ -93,22 +93,22 @@ def open_datastores(args) -> Opened:
     return Opened(in_effect, retriever, None if "cache_size" in given else alone)
 
 
-def _open_retriever(args, paths: list[str], settings: Settings) -> "Retriever":
+def _open_retriever(flags, paths: list[str], settings: Settings) -> "Retriever":
     # Imported here, because training needs no FAISS.
     from ..search.retriever import Retriever
 
     retriever = Retriever.open(
         paths,
-        verify=str(args.knn_verify) == "read",
+        verify=str(flags.knn_verify) == "read",
         k=settings.k,
         nprobe=settings.nprobe,
         distances=settings.distances,
-        device=str(args.knn_device),
+        device=str(flags.knn_device),
     )
     for datastore in retriever.datastores:
         require(datastore.path, datastore.manifest, NEEDED_FIELDS, "the task knnlm_lm")
     fixed = ("knn_key", "knn_key_layer", "knn_metric", "knn_index")
-    refuse_unexpected_flags(retriever, {flag_of(name): getattr(args, name) for name in fixed})
+    refuse_unexpected_flags(retriever, {flag_of(name): getattr(flags, name) for name in fixed})
     return retriever
 
 
@@ -127,6 +127,9 @@ def _unused(paths: list[str], settings: Settings) -> Optional[str]:
 
 def refuse_other_models(args) -> None:
     """Refuse an architecture that is no decoder-only language model, before it is built.
+
+    Args:
+        args: the model's part of fairseq's configuration.
 
     Raises:
         UserError: naming it.

@@ -131,8 +131,8 @@ def write_results(path: str, results: dict) -> None:
         raise UserError(f"cannot write --knn-output {path}: {error}") from None
 
 
-def _checkpoint(args) -> Optional[str]:
-    whole = whole_configuration(args)
+def _checkpoint(flags) -> Optional[str]:
+    whole = whole_configuration(flags)
     return None if whole is None else whole.common_eval.path
 
 

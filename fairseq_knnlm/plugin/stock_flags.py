@@ -20,7 +20,7 @@ _OTHER_TARGETS = ("self_target", "past_target")
 _MOST_TOKENS = 2**31 - 1
 
 
-def whole_configuration(cfg):
+def whole_configuration(flags):
     """The configuration of the command that the task's part belongs to.
 
     fairseq hands it to no task. omegaconf keeps it in ``_parent``, which fairseq itself relies on
@@ -28,36 +28,36 @@ def whole_configuration(cfg):
     would do as well, but would be saved in each checkpoint that the task trains.
 
     Args:
-        cfg: the task's part.
+        flags: of the task.
 
     Returns:
         fairseq's configuration; None where the part was made by itself, in Python.
     """
-    whole = cfg.__dict__.get("_parent")
+    whole = flags.__dict__.get("_parent")
     return whole if whole is not None and "common_eval" in whole else None
 
 
-def stock_faults(cfg) -> Iterator[str]:
+def stock_faults(flags) -> Iterator[str]:
     """What is wrong with the flags of a command of fairseq that loads a checkpoint.
 
     Args:
-        cfg: the task's part of the configuration; its blocks are already shorter by the context
-            window, as ``fairseq-eval-lm`` makes them.
+        flags: of the task; its blocks are already shorter by the context window, as
+            ``fairseq-eval-lm`` makes them.
 
     Yields:
         str: for each fault the flag, what it may be and what came.
     """
-    whole = whole_configuration(cfg)
+    whole = whole_configuration(flags)
     if whole is None:
         return
     if whole.common_eval.path is None:  # it trains, unless it is the command that cannot
         if runs("eval_lm"):
             yield "--path is missing: which checkpoint?"
         return
-    yield from _data_faults(cfg.data)
+    yield from _data_faults(flags.data)
     yield from _checkpoint_faults(whole)
-    yield from _target_faults(cfg)
-    yield from _block_faults(cfg.tokens_per_sample, whole.eval_lm.context_window)
+    yield from _target_faults(flags)
+    yield from _block_faults(flags.tokens_per_sample, whole.eval_lm.context_window)
     yield from shard_faults(whole)
     for flag, value, least in (
         ("--softmax-batch", whole.eval_lm.softmax_batch, 0),
@@ -152,10 +152,10 @@ def _is_one_file(whole) -> bool:
     return not parts and "://" not in whole.common_eval.path
 
 
-def _target_faults(cfg) -> Iterator[str]:
-    flags = [f"--{name.replace('_', '-')}" for name in _OTHER_TARGETS if cfg[name]]
-    if flags:
-        yield f"{', '.join(flags)}: scoring needs next-token targets; drop these flags"
+def _target_faults(flags) -> Iterator[str]:
+    given = [f"--{name.replace('_', '-')}" for name in _OTHER_TARGETS if flags[name]]
+    if given:
+        yield f"{', '.join(given)}: scoring needs next-token targets; drop these flags"
 
 
 def _block_faults(tokens: int, context_window: int) -> Iterator[str]:

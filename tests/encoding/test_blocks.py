@@ -63,8 +63,8 @@ def test_blocks_are_fetched_in_any_order():
 
 @pytest.mark.parametrize("context_window", [0, 3, 10, 100])
 def test_documents_do_not_see_each_other(context_window):
-    config = KNNLMConfig(tokens_per_sample=TOKENS_PER_SAMPLE, sample_break_mode="complete_doc")
-    task = KNNLMTask(config, make_dictionary(sum(SENTENCES) + 10))
+    flags = KNNLMConfig(tokens_per_sample=TOKENS_PER_SAMPLE, sample_break_mode="complete_doc")
+    task = KNNLMTask(flags, make_dictionary(sum(SENTENCES) + 10))
     blocks = task.blocks(make_dataset("complete_doc"), context_window)
     documents = [[EOS]]  # what is fed for each of them
     for sentence in make_corpus():

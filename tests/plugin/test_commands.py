@@ -151,10 +151,10 @@ def test_a_users_script_is_left_alone(data, checkpoints, tmp_path):
         from fairseq_knnlm.plugin.config import KNNLMConfig
 
         assert sys.excepthook is before is sys.__excepthook__
-        config = KNNLMConfig(data=sys.argv[1], knn_lambda=2.0)
-        config._name = "knnlm_lm"
+        flags = KNNLMConfig(data=sys.argv[1], knn_lambda=2.0)
+        flags._name = "knnlm_lm"
         try:
-            fairseq_knnlm.plugin.task.KNNLMTask.setup_task(config)
+            fairseq_knnlm.plugin.task.KNNLMTask.setup_task(flags)
         except ValueError as error:
             assert str(error).startswith("--knn-lambda must be")
         assert sys.excepthook is before

@@ -78,10 +78,10 @@ def test_a_setting_that_is_not_there_is_missing():
     "name, value", [("k", 0), ("knn_lambda", 1.5), ("nprobe", -2), ("cache_size", -1)]
 )
 def test_flags_and_what_was_tuned_have_one_range(name, value):
-    config = KNNLMConfig()
-    setattr(config, name if name.startswith("knn_") else f"knn_{name}", value)
+    flags = KNNLMConfig()
+    setattr(flags, name if name.startswith("knn_") else f"knn_{name}", value)
     with pytest.raises(ValueError) as of_flags:
-        check_settings(config)
+        check_settings(flags)
     with pytest.raises(ValueError) as of_tuned:
         settings_of_tuned({**KNN, **CACHE, name: value}, "d")
     message = next(part for part in str(of_flags.value).split("; ") if flag_of(name) in part)
