@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 
 from .errors import UserError
 
-# A checksum for so many bytes: what is damaged is named to this precision.
+# Bytes that have a checksum of their own: what is damaged is named to this precision.
 SEGMENT_BYTES = 1 << 24
 _PIECE_BYTES = 1 << 18
 

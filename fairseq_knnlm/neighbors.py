@@ -1,7 +1,4 @@
-"""Neighbours, and finding them in several datastores as if they were one.
-
-With arrays on the host, or with tensors that stay on the device that searches.
-"""
+"""What a search finds: the one type that all packages hand on."""
 
 from typing import NamedTuple
 

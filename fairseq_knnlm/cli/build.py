@@ -90,6 +90,10 @@ def run(cfg, args):
 
     Args:
         cfg, args: the command line, as fairseq reads it and as it was typed.
+
+    Raises:
+        UserError: if a flag, the checkpoint or the directory will not do, before any work; if the
+            disk is full, after which the same command goes on.
     """
     directory = _output_directory(cfg)
     cfg.task.knn_datastore = None  # it is written here, not searched

@@ -18,7 +18,7 @@ from ..tuning.tuning_data import TuningData, load, refuse_other, save
 from .command_line import Outputs, context_settings, with_progress
 from .loading import Loaded, evaluation_samples, load_split
 
-logger = logging.getLogger("fairseq_knnlm.retrieval")
+logger = logging.getLogger("fairseq_knnlm.tune")
 
 
 class SplitData:
@@ -37,7 +37,8 @@ class SplitData:
         tokens (int): targets of the split.
 
     Raises:
-        UserError: if there is no such split, it has no known word, or the file is of others.
+        UserError: if there is no such split, it has no known word, or the file was made with other
+            settings.
     """
 
     def __init__(

@@ -9,7 +9,7 @@ from ..reporting.report import refuse_impossible
 from ..scoring.settings import Settings
 from .command_line import make_eval_parser
 
-# Sizes of the cache that are tried besides the largest: so many times half of it.
+# How often the largest size of the cache is halved: every half is tried as well.
 _HALVINGS = 4
 
 

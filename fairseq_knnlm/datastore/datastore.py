@@ -30,7 +30,13 @@ class Datastore:
     """
 
     def __init__(self, path: str, manifest_file: BinaryIO, verify: bool):
-        """Only ``open`` calls this."""
+        """Only ``open`` calls this, after it has locked the directory.
+
+        Args:
+            path (str): the directory.
+            manifest_file (BinaryIO): its manifest, open and locked.
+            verify (bool): as for ``open``.
+        """
         self.path = path
         weakref.finalize(self, manifest_file.close)  # the lock lasts as long as the file is open
         self._manifest_bytes = manifest_file.read()

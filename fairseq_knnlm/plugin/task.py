@@ -1,6 +1,6 @@
 """The task ``knnlm_lm``: fairseq's language modelling, evaluated with a datastore.
 
-Wires the parts together; besides ``cli/`` the only place that knows fairseq's configuration.
+Wires the parts together: what the flags mean and open is in ``config`` and ``opening``.
 """
 
 import functools
@@ -54,12 +54,19 @@ class KNNLMTask(LanguageModelingTask):
 
     Without ``--knn-datastore`` it trains and evaluates as ``language_modeling`` does.
 
+    Args:
+        args: the flags, the task's part of fairseq's configuration.
+        dictionary, output_dictionary, targets: as in ``LanguageModelingTask``.
+
     Attributes:
         in_effect (InEffect): settings of the search and the mixture, and where each comes from.
         settings (Settings): those settings: as given, else as tuned, else defaults.
         retriever (Retriever): searches the datastores; None without any.
         model_fingerprint (str): of the weights of the model that was loaded; None where nothing
             asks for it.
+
+    Raises:
+        UserError: if a datastore is not whole, or does not fit the flags or the dictionary.
     """
 
     def __init__(self, args, dictionary, output_dictionary=None, targets=None):
@@ -80,6 +87,9 @@ class KNNLMTask(LanguageModelingTask):
         Args:
             args: the task's part of the command line.
             kwargs: as fairseq passes them.
+
+        Raises:
+            UserError: naming every flag that is wrong, or a datastore that does not fit.
         """
         check_settings(args)
         return super().setup_task(args, **kwargs)
@@ -164,6 +174,9 @@ class KNNLMTask(LanguageModelingTask):
         Args:
             dataset: from ``load_dataset``.
             context_window (int): tokens of left context.
+
+        Raises:
+            UserError: if the task was set up for other targets than the next token.
         """
         if self.targets != ["future"]:
             raise UserError(

@@ -12,10 +12,12 @@ import numpy as np
 from ..errors import UserError
 from ..fields import is_whole
 
-# Of fewer documents than these, blocks of so many tokens are drawn instead: few documents do not
-# show how much documents differ. Of fewer blocks there is no interval at all.
+# Fewer documents than this do not show how much documents differ: blocks of tokens are drawn
+# instead. Fewer blocks than this give no interval.
 MIN_UNITS = 10
+# Tokens of a block.
 BLOCK_TOKENS = 1000
+# How often documents or blocks are drawn.
 RESAMPLES = 10_000
 # Of more documents than these, neighbouring ones are drawn together: more units would cost time and
 # change little.

@@ -17,9 +17,9 @@ from ..progress import track
 from .log_sums import LogShares
 
 CACHE_METRICS = ("ip", "l2")
-# Positions are compared with their past by one product of matrices for so many of them, or for
-# fewer, so that the product stays in the processor's cache.
+# Positions that one product of matrices compares with their past, at most and at least.
 _MAX_ROWS, _MIN_ROWS = 256, 16
+# Elements of such a product: they stay in the processor's cache.
 _MAX_PRODUCTS = 1 << 20
 # In place of 0, since 0 * -inf is nan.
 _LEAST_THETA = 1e-30

@@ -7,9 +7,10 @@ cache (Grave et al., 2017, Eq. 3) give a target the share
 
 where a score is a distance and scale = -1 / T, or a score is a product and scale = theta.
 
-Every weight is taken relative to the best score of what it is summed with, so that nothing
-overflows and every sum of anything is at least 1. What has the target is summed relative to its own
-best, as pairs of a row and a score: targets that are far behind keep their probability.
+Before weights are added up, the best score among them is subtracted from each. The largest weight
+is then 1: nothing overflows, and no sum is 0. The entries that have the target are summed apart
+from the others, relative to the best among themselves: so a target that only far entries have keeps
+its probability.
 """
 
 import math
@@ -69,7 +70,7 @@ class LogShares:
         return len(self._scores)
 
     def _prepare_matches(self, matches: torch.Tensor) -> None:
-        """Matches as pairs: the bin that each is summed in, and its score beyond the bin's best."""
+        """Of each match the number of its sum, and its score beyond the best in that sum."""
         rows, columns = matches.nonzero(as_tuple=True)
         scores = self._scores[rows, columns]
         there = scores.isfinite()
@@ -99,22 +100,22 @@ class LogShares:
             torch.sub(self._scores[:, segment], reference, out=out[:, segment])
         return out
 
-    def at(self, scale: float, room: Optional[torch.Tensor] = None) -> torch.Tensor:
+    def at(self, scale: float, out: Optional[torch.Tensor] = None) -> torch.Tensor:
         """The shares for one scale.
 
         Args:
             scale (float): < 0 if the lowest score is the best, > 0 if the highest is.
-            room (Tensor): shape (N, n), float32, what weights are written into; None: new memory.
+            out (Tensor): shape (N, n), float32, what weights are written into; None: new memory.
 
         Returns:
             Tensor: shape (N, segments), float32, natural log; -inf where nothing has the target,
             nan where there is nothing at all.
         """
-        room = torch.empty_like(self._scores) if room is None else room
+        out = torch.empty_like(self._scores) if out is None else out
         if self._gaps is None:
-            weights = self._subtract(room).mul_(scale)
+            weights = self._subtract(out).mul_(scale)
         else:
-            weights = torch.mul(self._gaps, scale, out=room)
+            weights = torch.mul(self._gaps, scale, out=out)
         weights.clamp_(min=LEAST_LOG_WEIGHT).exp_()
         total = torch.stack([weights[:, segment].sum(dim=1) for segment in self._segments], dim=1)
         matched = (self._match_gaps * scale).clamp_(min=LEAST_LOG_WEIGHT).exp_().double()

@@ -19,7 +19,8 @@ _SHORTEST = 1e-12
 # A step beyond the maximum is taken if likelihood there falls by at most this share of how steeply
 # it rose before.
 _LESS_STEEP = 0.9
-# The products of so many ratios fit in float64: a step multiplies none of them by more than 1e9.
+# Ratios that are multiplied at a time. Their product fits in float64: a step makes none of them
+# larger than 1e9.
 _FACTORS = 16
 # The square of exp of this fits in float64.
 _LARGEST_LOG_RATIO = 300.0

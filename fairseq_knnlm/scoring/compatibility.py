@@ -26,7 +26,7 @@ def refuse_ensemble(count: int) -> None:
 
 
 def ensemble_fault(count: int) -> Optional[str]:
-    """What is wrong with so many models; None: nothing, it is one."""
+    """What is wrong with that many models; None: nothing, it is one."""
     if count == 1:
         return None
     return (

@@ -17,11 +17,13 @@ from .faiss_import import faiss
 from .index_factory import describe, inverted_file, make_index, training_rows
 from .searcher import CheckRows, trust
 
-# The index is saved whenever so many rows, or this share of what it holds, have been added: an
-# interrupted build loses no more than that. With a share of a half, all the bytes that are ever
-# written are three times the index.
+# The index is saved each time that this many rows have been added: an interrupted build loses no
+# more.
 PART_ROWS = 1 << 23
+# A larger index is saved each time that it has grown by this share. With a half, all bytes that are
+# ever written are three times the index.
 PART_SHARE = 0.5
+# Keys in float32 that are in memory at a time.
 BLOCK_BYTES = 1 << 26
 _SEED = 1234
 # Keys that a duration is extrapolated from, and the shortest one that is worth a word.

@@ -18,12 +18,14 @@ from .ordering import in_order, nearest_first
 from .searcher import Batch, CheckRows, as_array, gather, trust, with_values
 from .threads import one_thread_each, slices
 
-# How many candidates of the index get exact distances: at least so many, and a multiple of k that
-# is large while k is small. On 2M real keys this leaves perplexity within 1e-5 of that of all keys
-# in the probed lists up to k = 64, and within 0.0003 of brute force at k = 1024.
+# The fewest candidates of the index that get exact distances. On 2M real keys this number and the
+# next three leave perplexity within 1e-5 of that of all keys in the probed lists up to k = 64, and
+# within 0.0003 of brute force at k = 1024.
 MIN_CANDIDATES = 128
+# Candidates for each neighbour, as long as these are not more than MANY_CANDIDATES.
 CANDIDATES_PER_NEIGHBOR = 8
 MANY_CANDIDATES = 1024
+# Candidates for each neighbour beyond that, so that there is always a choice.
 CANDIDATES_OF_MANY = 1.5
 # The index is asked for a few more than k. Of several entries at the distance of the k-th, those
 # with the lowest ids are wanted.
@@ -99,11 +101,11 @@ class IndexSearch:
     def _host_batches(self, queries: np.ndarray, k: int) -> Iterator[Batch]:
         count = self._candidates(k)
         step = max(1, min(len(queries), _CALL_BYTES // (_ENTRY_BYTES * count)))
-        room = np.empty((step, count), np.float32), np.empty((step, count), np.int64)
+        out = np.empty((step, count), np.float32), np.empty((step, count), np.int64)
         starts = range(0, len(queries), step)
         for start in track("neighbours", starts, len(starts)):
             part = queries[start : start + step]
-            candidates, order = self._candidate_search(part, count, room)
+            candidates, order = self._candidate_search(part, count, out)
             places = order.argsort()
 
             def sort(rows, candidates=candidates, places=places):
@@ -116,11 +118,11 @@ class IndexSearch:
             for rows, neighbors in zip(cuts, nearest):
                 yield slice(start + rows.start, start + rows.stop), neighbors
 
-    def _candidate_search(self, queries: np.ndarray, count: int, room):
+    def _candidate_search(self, queries: np.ndarray, count: int, out):
         """The nearest entries as FAISS finds them, and which query each row of them is of.
 
         Args:
-            room (tuple of ndarray): what distances and ids are written into, at least (N, count).
+            out (tuple of ndarray): what distances and ids are written into, at least (N, count).
 
         Returns:
             tuple: distances and ids, each (N, count), and the order of the queries, (N,).
@@ -129,7 +131,7 @@ class IndexSearch:
         if self._keys is not None:
             params = faiss.IndexRefineSearchParameters(k_factor=1, base_index_params=params)
             index, order = self._refined, self._list_order(queries)
-        distances, ids = (part[: len(queries)] for part in room)
+        distances, ids = (part[: len(queries)] for part in out)
         index.search(queries[order], count, D=distances, I=ids, params=params)
         if self._keys is not None:  # FAISS has read the keys of these, and of no others
             self._check_rows(ids)

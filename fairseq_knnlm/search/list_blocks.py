@@ -11,9 +11,10 @@ from . import near_pairs
 # Elements of a matrix of keys or of products, which then stays in a core's cache.
 _BLOCK = 1 << 20
 _MAX_KEYS_OF_BLOCK = 1 << 12
-# The number of rows of a matrix is rounded up: to a multiple of _ROWS_STEP, and of a quarter of the
-# next lower power of two. A kernel is compiled for every shape, and so shapes are few.
+# The number of rows of a matrix is rounded up to a multiple of this. A kernel is compiled for every
+# shape, and so shapes are few.
 _ROWS_STEP = 64
+# Between one power of two and the next there are this many numbers of rows, no more.
 _SIZES_OF_OCTAVE = 4
 
 
@@ -27,7 +28,7 @@ def queries_of_block(width: int, count: int) -> int:
 
     Args:
         width (int): elements of a row, of a query or of a product.
-        count (int): at most so many.
+        count (int): how many there are at most.
     """
     return _fitting(width, count)
 
@@ -144,6 +145,10 @@ class Block(NamedTuple):
 
 class Groups:
     """The queries of each list.
+
+    Args:
+        probes (ndarray): shape (N, P), int64, the lists that each query probes; -1 for none.
+        nlist (int): how many lists there are.
 
     Attributes:
         lists (list of int): those that any query probes.

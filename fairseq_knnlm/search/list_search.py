@@ -3,8 +3,8 @@
 An inverted file searched query by query reads a list again for every query that probes it. Here
 queries are grouped by list: its keys are read and converted once, and one matrix product compares
 them with all its queries. The product is rounded: it only decides, with room for the rounding,
-which pairs are near enough to be worth an exact distance (see ``near_pairs``). So nothing that lies
-in a probed list is lost, and the k nearest are the first k of the k + 1 nearest.
+which pairs are near enough to be worth an exact distance (see ``near_pairs``). So no key of a
+probed list is lost, and a larger k only adds neighbours behind those of a smaller one.
 
 Near enough is what lies within a limit: a distance that a sample of a query's keys says is a little
 beyond its k-th nearest. Nothing but time depends on it: a query with fewer than k keys within its
@@ -33,7 +33,7 @@ from .list_blocks import (
     padded,
     queries_of_block,
 )
-from .nearest import SAMPLE, Nearest, room, sampled_rank
+from .nearest import SAMPLE, Nearest, capacity, sampled_rank
 from .searcher import Batch, CheckRows, as_array, gather, trust, with_values
 from .threads import one_thread_each, slices
 
@@ -100,7 +100,7 @@ class ListSearch:
             queries (ndarray): shape (N, D), float32, relative to the center.
             probes (ndarray): shape (N, P), int64, the lists of each query, each once; -1 for none.
         """
-        shape = len(queries), room(k)
+        shape = len(queries), capacity(k)
         workspace.array(shape, np.uint64)  # the limits need less: memory is fetched once
         with one_thread_each() as pool:
             limits = self._limits(queries, probes, k, pool, workspace)
@@ -109,7 +109,7 @@ class ListSearch:
             short = nearest.incomplete()
             if len(short):
                 unlimited = np.full(len(short), np.inf, dtype=np.float32)
-                again = Nearest(k, unlimited, np.empty((len(short), room(k)), np.uint64))
+                again = Nearest(k, unlimited, np.empty((len(short), capacity(k)), np.uint64))
                 self._nearest(queries[short], probes[short], unlimited, pool, again)
                 nearest.replace(short, again)
         return nearest

@@ -8,7 +8,7 @@ import numpy as np
 from .ordering import NO_ENTRY, pack, unpack
 from .threads import slices
 
-# The limits of a search are set from a sample of one key in so many.
+# One key in this many is in the sample that the limits of a search are set from.
 SAMPLE = 16
 # A limit is so high that a miss is this many standard deviations of the sample away.
 _SIGMAS = 3.5
@@ -20,7 +20,7 @@ def sampled_rank(k: int) -> int:
     return math.ceil(expected + _SIGMAS * math.sqrt(expected)) + 2
 
 
-def room(k: int) -> int:
+def capacity(k: int) -> int:
     """How many keys a query may keep before it must drop the farthest of them."""
     rank = sampled_rank(k)
     return SAMPLE * math.ceil(rank + 3 * math.sqrt(rank))

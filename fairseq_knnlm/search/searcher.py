@@ -7,8 +7,9 @@
 - ``list_search.ListSearch`` compares all keys of the probed inverted lists, and reads each list
   once for all queries.
 
-Two combine others: ``exact_search.ExactSearch`` chooses between the latter two by the number of
-queries, ``several.SeveralSearch`` merges the neighbours of several datastores.
+Two combine others: ``exact_search.ExactSearch`` chooses between the latter two by the numbers of
+neighbours, queries and keys, and ``several.SeveralSearch`` merges the neighbours of several
+datastores.
 
 Batches keep memory bounded: the neighbours of 98,304 queries at k = 1024 are 2 GB, a batch is a few
 MB that are still in the processor's cache when probabilities are made of it.

@@ -6,9 +6,11 @@ from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
-# A thread works on a matrix with a row for each query. So many elements stay in a core's cache.
+# Elements of a matrix that a thread works on, with a row for each query: they stay in the cache of
+# its core.
 _ELEMENTS = 1 << 18
-# Threads take turns in Python, and many short turns cost more than the work: up to so many rows.
+# Rows of such a matrix, at most. Threads take turns in Python, and shorter turns would cost more
+# than the work.
 ROWS = 1 << 10
 
 

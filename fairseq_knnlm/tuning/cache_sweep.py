@@ -16,17 +16,17 @@ from ..probability.continuous_cache import CACHE_METRICS, ContinuousCache
 from ..probability.metrics import perplexity
 from ..probability.mixture import mix
 from ..probability.weights import best_weights
-from .grid import CacheGridPoint, best
+from .grid import REFINEMENTS, CacheGridPoint, best
 from .tuning_data import TuningData
 
-# Thetas that are tried first are powers of two, with these lowest and highest exponents, over the
-# variance of the states. Points halfway around the best of them are tried next, twice.
+# Thetas that are tried first are powers of two over the variance of the states, with these lowest
+# and highest exponents.
 _LOWEST, _HIGHEST = -1, 6
-_REFINEMENTS = (2.0**0.5, 2.0**0.25)
-# So many more are tried, one after another, while the best is at an end of the range.
+# While the best theta is at an end of the range, this many more are tried there at most.
 _MORE = 12
-# Grid points are what can be typed as flags: a theta has so many digits, a weight so many decimals.
+# Digits of a theta: grid points are what can be typed as flags.
 _THETA_DIGITS = 4
+# Decimals of a weight, for the same reason.
 _WEIGHT_DECIMALS = 4
 
 
@@ -87,7 +87,7 @@ class CacheSweep:
                     break
                 tried.append(end(tried) * factor)
                 self._add(sizes, tried[-1:])
-        for factor in _REFINEMENTS:
+        for factor in REFINEMENTS:
             theta = self._best_theta()
             self._add(sizes, [theta / factor, theta * factor])
 

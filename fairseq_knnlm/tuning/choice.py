@@ -44,7 +44,7 @@ class Chosen(NamedTuple):
     given (Settings): what was not tuned.
     knn (KNNGridPoint): neighbours; None without a datastore.
     cache (CacheGridPoint): a cache; None without one.
-    knn_cache (CacheGridPoint): a cache besides these neighbours; None without either.
+    knn_cache (CacheGridPoint): a cache besides these neighbours; None unless both are there.
     cache_grid (list of CacheGridPoint): all that was tried for *knn_cache*.
     """
 

@@ -39,6 +39,8 @@ class CacheGridPoint(NamedTuple):
     perplexity: float
 
 
+# Points halfway around the best of all are tried last, at these factors from it.
+REFINEMENTS = (2.0**0.5, 2.0**0.25)
 # Beyond it a float has no room for the perplexity.
 _MOST_NATS = 709.0
 

@@ -18,25 +18,25 @@ from ..probability.metrics import perplexity
 from ..probability.mixture import mix
 from ..probability.weights import best_weights
 from ..progress import track
-from .grid import KNNGridPoint, best
+from .grid import REFINEMENTS, KNNGridPoint, best
 from .tuning_data import TuningData
 
 # Rows whose weights are computed at a time: as many as stay in the processor's cache.
 _ROWS = 256
+# About how many rows the spread of the distances is measured on.
 _SPREAD_ROWS = 4096
-# Temperatures that are tried first are powers of two, with these lowest and highest exponents,
-# times the spread of the distances. Points halfway around the best of them are tried next, twice.
+# Temperatures that are tried first are powers of two times the spread of the distances, with these
+# lowest and highest exponents.
 _LOWEST, _HIGHEST = -10, 6
-_REFINEMENTS = (2.0**0.5, 2.0**0.25)
-# While the best is at an end of the range, so many more are tried there, one after another, unless
-# perplexity falls by no more than this share of it.
+# While the best temperature is at an end of the range, this many more are tried there at most.
 _MORE = 16
+# They end earlier where perplexity falls by no more than this share of it.
 _FLAT = 1e-6
 # Beyond these float32 has no room for distances divided by the temperature.
 _POSSIBLE_TEMPERATURES = (1e-30, 1e30)
-# Grid points are what can be typed as flags: a lambda has so many decimals, a temperature so many
-# digits.
+# Decimals of a lambda: grid points are what can be typed as flags.
 _LAMBDA_DECIMALS = 4
+# Digits of a temperature, for the same reason.
 _TEMPERATURE_DIGITS = 6
 # With a lambda of 1 one target without a match would make perplexity infinite.
 _HIGHEST_LAMBDA = 1.0 - 1e-10
@@ -85,7 +85,7 @@ class Prefixes:
                 distances[:, : bounds[-1]].split(_ROWS), matches[:, : bounds[-1]].split(_ROWS)
             )
         ]
-        self._room = distances.new_empty(min(_ROWS, len(distances)), bounds[-1])
+        self._weights = distances.new_empty(min(_ROWS, len(distances)), bounds[-1])
 
     def log_p_knn(self, temperature: float) -> torch.Tensor:
         """log p_knn of the targets (Khandelwal et al. 2020, Eq. 2) for every k.
@@ -105,7 +105,9 @@ class Prefixes:
             raise UserError(
                 f"the grid needs temperatures in [{low:g}, {high:g}], got {temperature}"
             )
-        pieces = [block.at(-1.0 / temperature, self._room[: len(block)]) for block in self._blocks]
+        pieces = [
+            block.at(-1.0 / temperature, self._weights[: len(block)]) for block in self._blocks
+        ]
         return torch.cat(pieces).t()[self._columns].contiguous()
 
 
@@ -215,7 +217,7 @@ def sweep(
     further = [2.0**exponent for exponent in range(1, _MORE + 1)]
     _extend(points, add, [middle * 2.0**_LOWEST / factor for factor in further], end=min)
     _extend(points, add, [middle * 2.0**_HIGHEST * factor for factor in further], end=max)
-    for factor in _REFINEMENTS:
+    for factor in REFINEMENTS:
         temperature = best(points).temperature
         add(temperature / factor, temperature * factor)
     return points

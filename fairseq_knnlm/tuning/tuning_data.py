@@ -32,8 +32,8 @@ from ..files import atomic_file, checksum
 # Version 1 had no checksum.
 FORMAT_VERSION = 2
 _ARRAYS = ("log_p_lm", "distances", "matches", "targets", "document_starts", "parts")
-# Curves over datastore sizes are made of so many random parts: a power of two, and one byte holds
-# the number of a part.
+# Random parts of a datastore, of which curves over its size are made. It is a power of two, and one
+# byte holds the number of a part.
 PARTS = 16
 # 2^32 over the golden ratio: Fibonacci hashing (Knuth, volume 3, section 6.4).
 _HASH_FACTOR, _HASH_BITS = 0x9E3779B1, 32

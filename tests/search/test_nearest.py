@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 
-from fairseq_knnlm.search.nearest import SAMPLE, Nearest, room, sampled_rank
+from fairseq_knnlm.search.nearest import SAMPLE, Nearest, capacity, sampled_rank
 from fairseq_knnlm.search.ordering import NO_ENTRY
 
 COUNT, KEYS = 23, 3000
@@ -103,4 +103,4 @@ def test_a_limit_of_the_sample_is_seldom_too_low_and_not_far_too_high(k):
     assert (in_sample >= sampled_rank(k)).mean() < 1e-3
     assert SAMPLE * sampled_rank(k) < k + 5 * SAMPLE * math.sqrt(k / SAMPLE) + 4 * SAMPLE
     within = np.random.default_rng(2).negative_binomial(sampled_rank(k), 1 / SAMPLE, size=20_000)
-    assert k <= room(k) and (within + sampled_rank(k) > room(k)).mean() < 0.01
+    assert k <= capacity(k) and (within + sampled_rank(k) > capacity(k)).mean() < 0.01
