@@ -1,4 +1,4 @@
-"""Who may import whom: the rooms of docs/architecture.md, read from the source."""
+"""Who may import whom: the packages of docs/architecture.md, read from the source."""
 
 import ast
 import inspect
@@ -85,7 +85,7 @@ def file_id(file):
 
 
 @pytest.mark.parametrize("file", FILES, ids=file_id)
-def test_imports_run_downwards(file):
+def test_imports_come_from_above(file):
     room = room_of(file)
     assert room in FLOOR, f"{room} is a new room: give it a place in {Path(__file__).name}"
     for other in imported_rooms(file):

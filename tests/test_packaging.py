@@ -105,16 +105,3 @@ def test_installed_commands_help(name):
     assert "usage:" in text
     if name != "fairseq-knnlm-info":
         assert "--knn-datastore" in text and "--tokens-per-sample" in text
-
-
-def test_readme_names_only_flags_and_files_that_exist():
-    text = (REPOSITORY / "README.md").read_text(encoding="utf-8")
-    text = re.sub(r"^pip install.*$", "", text, flags=re.M)  # pip's flags are not ours
-    helps = "".join(run(command(name), "--help").stdout for name in COMMANDS)
-    for name in ("fairseq-train", "fairseq-preprocess", "fairseq-interactive"):
-        helps += run(command(name), "--help").stdout
-    helps += run(sys.executable, "examples/wikitext103/run.py", "--help", cwd=REPOSITORY).stdout
-    flag = r"(?<![\w-])--[a-z][a-z-]+"
-    assert set(re.findall(flag, text)) - set(re.findall(flag, helps)) == set()
-    for target in re.findall(r"\]\((?!https?:|#)([^)#]+)", text):
-        assert (REPOSITORY / target).exists(), target

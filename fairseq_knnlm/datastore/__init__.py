@@ -1,8 +1,9 @@
 """The directory on disk: reading and writing it, its locks, and what was tuned with it.
 
 ``Datastore.open`` reads one, ``DatastoreWriter`` writes one, ``datastore.manifest`` says which
-files it has and what they hold. A line that opens a file of a datastore belongs here, but for the
-index, which only ``search`` reads. May import ``errors`` and ``files``.
+files it has and what they hold. A line that opens a file of a datastore belongs here, but for what
+``search`` does: it reads and writes the index, and reads keys again from their file. Imports from
+the root only.
 """
 
 from .datastore import Datastore

@@ -18,8 +18,8 @@ from .ordering import in_order, nearest_first
 from .searcher import Batch, CheckRows, as_array, gather, trust, with_values
 from .threads import one_thread_each, slices
 
-# The fewest candidates of the index that get exact distances. On 2M real keys this number and the
-# next three leave perplexity within 1e-5 of that of all keys in the probed lists up to k = 64, and
+# The fewest candidates of the index that get exact distances. On 2M real keys this and the next
+# three leave perplexity within 1e-5 of that of all keys in the probed lists up to k = 64, and
 # within 0.0003 of brute force at k = 1024.
 MIN_CANDIDATES = 128
 # Candidates for each neighbour, as long as these are not more than MANY_CANDIDATES.

@@ -6,8 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
-# Elements of a matrix that a thread works on, with a row for each query: they stay in the cache of
-# its core.
+# Elements of a matrix that a thread works on, a row for each query: they stay in a core's cache.
 _ELEMENTS = 1 << 18
 # Rows of such a matrix, at most. Threads take turns in Python, and shorter turns would cost more
 # than the work.

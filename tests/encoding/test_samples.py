@@ -13,9 +13,9 @@ from helpers.blocks import (
     make_corpus,
 )
 
-from fairseq_knnlm.encoding.blocks import Block
+from fairseq_knnlm.encoding.blocks import Block, BlockDataset
 from fairseq_knnlm.encoding.chunks import plan_chunks
-from fairseq_knnlm.encoding.samples import ChunkCollater, plan_batches
+from fairseq_knnlm.encoding.samples import ChunkCollater, only_rows, plan_batches
 
 
 @pytest.mark.parametrize("max_sentences", [None, 1, 3])
@@ -122,3 +122,20 @@ def test_collater_of_one_block_without_context():
     assert batch["positions"].tolist() == [1, 2]
     assert batch["rows"].tolist() == [0, 1]
     assert sample["id"].tolist() == [3]
+
+
+def test_only_rows():
+    items = [
+        {"source": torch.arange(n) + 10 * n, "target": torch.arange(n) + 10 * n + 1}
+        for n in (3, 5, 4)
+    ]
+    blocks = BlockDataset(items, np.array([3, 5, 4]), pad=1)
+    sample = ChunkCollater(1, max_tokens=5)([blocks[i] for i in range(3)])
+    part = only_rows(sample, 2, 5)
+    assert part["target"].tolist() == sample["target"][2:5].tolist() == [33, 51, 52]
+    assert part["target_lengths"] == [1, 2, 0] and part["ntokens"] == 3
+    assert sorted(torch.cat([batch["rows"] for batch in part["batches"]]).tolist()) == [0, 1, 2]
+    assert len(part["batches"]) == 2  # the block without any of these rows is not fed
+    for batch in part["batches"]:
+        inputs = batch["src_tokens"].flatten()[batch["positions"]]
+        assert (inputs + 1).tolist() == part["target"][batch["rows"]].tolist()

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from fairseq_knnlm.errors import UserError
-from fairseq_knnlm.probability.knn import knn_log_probs, vocabulary_log_probs
+from fairseq_knnlm.probability.knn import knn_log_probs, knn_weights, vocabulary_log_probs
 from fairseq_knnlm.probability.mixture import mix
 
 INF = math.inf
@@ -177,3 +177,25 @@ def test_distances_and_values_stay_as_they_are():
     knn_log_probs(distances, values, targets)
     vocabulary_log_probs(distances, values, 9)
     assert torch.equal(distances, before[0]) and torch.equal(values, before[1])
+
+
+def test_weights_of_few_neighbors():
+    distances = torch.tensor([[1.0, 3.0, INF], [INF, INF, INF], [1e30, 1e30, INF]])
+    weights = knn_weights(distances, 2.0)
+    first = 1 / (1 + np.exp(-1.0))
+    expected = [[first, 1 - first, 0], [0, 0, 0], [0.5, 0.5, 0]]
+    np.testing.assert_allclose(weights, expected, rtol=1e-6)
+    with pytest.raises(UserError):
+        knn_weights(distances, 0.0)
+
+
+def test_weights_are_of_differences_alone():
+    """Large distances, by inner products also negative ones, keep their digits, row by row."""
+    rng = torch.Generator().manual_seed(1)
+    distances = (20 * torch.rand(6, 9, generator=rng)).round()
+    distances[:, 7:] = INF
+    exact = np.exp(-distances.double().numpy())
+    distances += torch.tensor([[0.0], [60000.0], [-60000.0]] * 2)
+    weights = knn_weights(distances)
+    assert weights.dtype == knn_weights(distances.half()).dtype == torch.float32
+    np.testing.assert_allclose(weights, exact / exact.sum(axis=1, keepdims=True), rtol=1e-5)

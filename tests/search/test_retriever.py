@@ -1,4 +1,4 @@
-"""Neighbours from one or several datastores, and which datastores fit each other and a model."""
+"""Neighbours from one or several datastores, and which datastores fit each other."""
 
 import re
 
