@@ -11,7 +11,7 @@ from helpers.commands import REPOSITORY
 
 PACKAGE = REPOSITORY / "fairseq_knnlm"
 
-# A room imports only from those before it, and from itself.
+# A package, or a module beside the packages, imports only from those before it, and from itself.
 ORDER = [
     "version",
     "errors",
@@ -37,9 +37,9 @@ ORDER = [
     "hub",
     "cli",
 ]
-FLOOR = {room: number for number, room in enumerate(ORDER)}
+PLACE = {package: number for number, package in enumerate(ORDER)}
 
-# What only some rooms may import.
+# What only some packages may import.
 DOORS = {
     "fairseq": {"plugin", "hub", "cli"},
     "fairseq_cli": {"plugin", "cli"},
@@ -51,7 +51,7 @@ DOORS = {
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 
-def room_of(file):
+def package_of(file):
     return file.relative_to(PACKAGE).parts[0].removesuffix(".py")
 
 
@@ -70,14 +70,14 @@ def imports(file):
                 yield module
 
 
-def imported_rooms(file):
-    """The rooms of the package that a file imports from."""
+def imported_packages(file):
+    """The packages of ours that a file imports from."""
     for module in imports(file):
         parts = module.split(".")
         if parts[0] == "fairseq_knnlm":
-            room = parts[1] if len(parts) > 1 else "__init__"
-            is_room = (PACKAGE / room).is_dir() or (PACKAGE / f"{room}.py").exists()
-            yield room if is_room else "__init__"
+            package = parts[1] if len(parts) > 1 else "__init__"
+            is_package = (PACKAGE / package).is_dir() or (PACKAGE / f"{package}.py").exists()
+            yield package if is_package else "__init__"
 
 
 def file_id(file):
@@ -86,20 +86,20 @@ def file_id(file):
 
 @pytest.mark.parametrize("file", FILES, ids=file_id)
 def test_imports_come_from_above(file):
-    room = room_of(file)
-    assert room in FLOOR, f"{room} is a new room: give it a place in {Path(__file__).name}"
-    for other in imported_rooms(file):
-        assert FLOOR[other] < FLOOR[room] or other == room, f"{room} imports {other}"
+    package = package_of(file)
+    assert package in PLACE, f"{package} is a new package: give it a place in {Path(__file__).name}"
+    for other in imported_packages(file):
+        assert PLACE[other] < PLACE[package] or other == package, f"{package} imports {other}"
 
 
-@pytest.mark.parametrize("library, rooms", DOORS.items(), ids=list(DOORS))
-def test_only_some_rooms_import(library, rooms):
+@pytest.mark.parametrize("library, packages", DOORS.items(), ids=list(DOORS))
+def test_only_some_packages_import(library, packages):
     found = {
-        room_of(file)
+        package_of(file)
         for file in FILES
         if any(module.split(".")[0] == library for module in imports(file))
     }
-    assert found == rooms
+    assert found == packages
 
 
 def attributes(file):
@@ -110,14 +110,16 @@ def attributes(file):
 
 
 def test_nobody_goes_around_the_doors():
-    """A library that a room may not import is not reached by another way either."""
+    """A library that a package may not import is not reached by another way either."""
     for name in ("sys.modules", "importlib.import_module"):
         users = {file_id(file) for file in FILES if name in set(attributes(file))}
         assert users <= {"plugin/commands.py"}, name
     for file in FILES:
         names = {node.id for node in ast.walk(ast.parse(file.read_text())) if hasattr(node, "id")}
-        for library, rooms in DOORS.items():
-            assert library not in names or room_of(file) in rooms, f"{file_id(file)}: {library}"
+        for library, packages in DOORS.items():
+            assert library not in names or package_of(file) in packages, (
+                f"{file_id(file)}: {library}"
+            )
 
 
 def test_fairseq_would_not_import_our_folders_by_itself():
@@ -131,7 +133,7 @@ def test_the_doors_are_seen():
         imports(PACKAGE / "plugin" / "opening.py")
     )
     assert {"building", "datastore", "plugin"} <= {
-        room for file in (PACKAGE / "cli").glob("*.py") for room in imported_rooms(file)
+        package for file in (PACKAGE / "cli").glob("*.py") for package in imported_packages(file)
     }
     assert "faiss" in set(imports(PACKAGE / "search" / "faiss_import.py"))
     assert "sys.modules" in set(attributes(PACKAGE / "plugin" / "commands.py"))
@@ -167,12 +169,12 @@ def test_torch_is_imported_before_faiss():
 PUBLIC = ["datastore", "search", "probability", "encoding", "scoring", "tuning", "building", "hub"]
 
 
-@pytest.mark.parametrize("room", PUBLIC)
-def test_public_names_are_there(room):
-    module = __import__(f"fairseq_knnlm.{room}", fromlist=["__all__"])
+@pytest.mark.parametrize("package", PUBLIC)
+def test_public_names_are_there(package):
+    module = __import__(f"fairseq_knnlm.{package}", fromlist=["__all__"])
     assert sorted(set(module.__all__), key=str.lower) == sorted(module.__all__, key=str.lower)
     for name in module.__all__:
-        assert getattr(module, name).__doc__, f"{room}.{name} has no docstring"
+        assert getattr(module, name).__doc__, f"{package}.{name} has no docstring"
 
 
 def functions_of(thing):
@@ -184,11 +186,11 @@ def functions_of(thing):
     return [part for part in members if inspect.isfunction(part)]
 
 
-@pytest.mark.parametrize("room", PUBLIC)
-def test_public_functions_say_what_they_return(room):
-    module = __import__(f"fairseq_knnlm.{room}", fromlist=["__all__"])
+@pytest.mark.parametrize("package", PUBLIC)
+def test_public_functions_say_what_they_return(package):
+    module = __import__(f"fairseq_knnlm.{package}", fromlist=["__all__"])
     functions = [part for name in module.__all__ for part in functions_of(getattr(module, name))]
     assert functions
     for function in map(inspect.unwrap, functions):
         annotation = inspect.signature(function).return_annotation
-        assert annotation is not inspect.Signature.empty, f"{room}: {function.__qualname__}"
+        assert annotation is not inspect.Signature.empty, f"{package}: {function.__qualname__}"
