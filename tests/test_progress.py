@@ -69,10 +69,10 @@ def test_nothing_is_shown_after_the_command(shown):
 def make_search(kind, keys, path):
     values = np.zeros(len(keys), dtype=np.uint16)
     if kind == "exhaustive":
-        return ExhaustiveSearch(keys, values, "l2", torch.device("cpu"))
+        return ExhaustiveSearch(keys, values, "l2", device=torch.device("cpu"))
     if kind == "index":
-        return IndexSearch(load(path), "l2", values)
-    return ExactSearch(load(path), "l2", values, keys)
+        return IndexSearch(None, values, "l2", index=load(path))
+    return ExactSearch(keys, values, "l2", index=load(path))
 
 
 @pytest.mark.parametrize(

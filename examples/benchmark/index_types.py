@@ -124,10 +124,11 @@ def _compare(datastore, path, queries, ks, nprobe, repeats, judge):
     Returns:
         list of dict: a row for each k and kind of distances.
     """
-    parts = load(str(path)), datastore.manifest["metric"], datastore.values
+    keys, values, metric = datastore.keys, datastore.values, datastore.manifest["metric"]
+    searched = {"index": load(str(path)), "nprobe": nprobe}
     indexes = {
-        "index": IndexSearch(*parts, nprobe),
-        "exact": ExactSearch(*parts, datastore.keys, nprobe),
+        "index": IndexSearch(None, values, metric, **searched),
+        "exact": ExactSearch(keys, values, metric, **searched),
     }
     settings = [(k, distances) for k in ks for distances in indexes]
     rows, searches = [], {}

@@ -81,7 +81,8 @@ def exact_distances(queries, ids, keys, metric):
 
 def exhaustive_search(datastore, device):
     """Search of all keys of a datastore on a device."""
-    return ExhaustiveSearch(datastore.keys, datastore.values, datastore.manifest["metric"], device)
+    stored = datastore.keys, datastore.values, datastore.manifest["metric"]
+    return ExhaustiveSearch(*stored, device=device)
 
 
 def exhaustive_neighbors(queries, ids, datastore):

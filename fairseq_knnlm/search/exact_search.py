@@ -7,6 +7,7 @@ import numpy as np
 import torch
 
 from ..neighbors import Neighbors
+from ..options import DEFAULT_NPROBE
 from .index_search import IndexSearch
 from .list_search import ListSearch
 from .searcher import Batch, CheckRows, gather, trust
@@ -25,10 +26,10 @@ class ExactSearch:
     """Searches an index with distances computed from the stored keys (``searcher.Searcher``).
 
     Args:
-        index: a FAISS index.
-        metric (str): ``l2`` or ``ip``.
-        values (ndarray): shape (entries,), the token of each entry.
         keys (ndarray): shape (entries, D), float16, a memory-mapped ``.npy`` file.
+        values (ndarray): shape (entries,), the token of each entry.
+        metric (str): ``l2`` or ``ip``.
+        index: a FAISS index of the keys.
         nprobe (int): inverted lists visited by each query.
         device (str): ``cpu`` or ``cuda``: where the index is.
         check_rows (callable): see ``searcher.CheckRows``.
@@ -36,18 +37,21 @@ class ExactSearch:
 
     def __init__(
         self,
-        index,
-        metric: str,
-        values: np.ndarray,
         keys: np.ndarray,
-        nprobe: int = 32,
+        values: np.ndarray,
+        metric: str,
+        *,
+        index,
+        nprobe: int = DEFAULT_NPROBE,
         device: str = "cpu",
         check_rows: CheckRows = trust,
     ):
         self._count = len(keys)
-        self._by_candidates = IndexSearch(index, metric, values, nprobe, keys, device, check_rows)
+        self._stored, self._check_rows = (keys, values, metric), check_rows
+        self._by_candidates = IndexSearch(
+            *self._stored, index=index, nprobe=nprobe, device=device, check_rows=check_rows
+        )
         self._lists = self._by_candidates.lists
-        self._of_lists = keys, values, self._lists, metric, check_rows
 
     def search(self, queries: torch.Tensor, k: int) -> Neighbors:
         """All batches as one, on the device of *queries*, see ``batches``."""
@@ -66,4 +70,4 @@ class ExactSearch:
     @functools.cached_property
     def _by_lists(self) -> ListSearch:
         """Made when it is needed: it looks at keys everywhere, which few queries do not."""
-        return ListSearch(*self._of_lists)
+        return ListSearch(*self._stored, lists=self._lists, check_rows=self._check_rows)

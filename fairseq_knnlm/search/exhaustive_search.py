@@ -48,6 +48,7 @@ class ExhaustiveSearch:
         keys: np.ndarray,
         values: np.ndarray,
         metric: str,
+        *,
         device: torch.device,
         check_rows: CheckRows = trust,
     ):

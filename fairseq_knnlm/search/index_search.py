@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from ..neighbors import Neighbors
+from ..options import DEFAULT_NPROBE
 from ..progress import track
 from .devices import GPU_MAX_K, to_gpu
 from .faiss_import import faiss
@@ -46,23 +47,24 @@ class IndexSearch:
     exact distances decide.
 
     Args:
-        index: a FAISS index, from ``index_build.load`` or ``index_check.load_checked``.
-        metric (str): ``l2`` or ``ip``.
-        values (ndarray): shape (entries,), the token of each entry.
-        nprobe (int): inverted lists visited by each query; all where the index has fewer.
         keys (ndarray): shape (entries, D), float16, a memory-mapped ``.npy`` file: distances are
             exact. None: they are as the index has them.
+        values (ndarray): shape (entries,), the token of each entry.
+        metric (str): ``l2`` or ``ip``.
+        index: a FAISS index of the keys, from ``index_build.load`` or ``index_check.load_checked``.
+        nprobe (int): inverted lists visited by each query; all where the index has fewer.
         device (str): ``cpu`` or ``cuda``.
         check_rows (callable): see ``searcher.CheckRows``.
     """
 
     def __init__(
         self,
-        index,
-        metric: str,
+        keys: Optional[np.ndarray],
         values: np.ndarray,
-        nprobe: int = 32,
-        keys: Optional[np.ndarray] = None,
+        metric: str,
+        *,
+        index,
+        nprobe: int = DEFAULT_NPROBE,
         device: str = "cpu",
         check_rows: CheckRows = trust,
     ):

@@ -46,8 +46,8 @@ class ListSearch:
     Args:
         keys (ndarray): shape (entries, D), float16, at most ``ordering.MAX_KEYS`` of them.
         values (ndarray): shape (entries,), the token of each entry.
-        lists (InvertedLists): the rows of *keys* in each list, and which lists a query probes.
         metric (str): ``l2`` or ``ip``.
+        lists (InvertedLists): the rows of *keys* in each list, and which lists a query probes.
         check_rows (callable): see ``searcher.CheckRows``.
     """
 
@@ -55,8 +55,9 @@ class ListSearch:
         self,
         keys: np.ndarray,
         values: np.ndarray,
-        lists: InvertedLists,
         metric: str,
+        *,
+        lists: InvertedLists,
         check_rows: CheckRows = trust,
     ):
         self._keys = keys.view(np.ndarray)  # indexing a memmap is slower

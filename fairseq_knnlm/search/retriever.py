@@ -195,11 +195,11 @@ class Retriever:
             # "cuda" without a number is the GPU of this process
             auto = self._device == "auto"
             device = queries_device if auto else torch.device(self._device)
-            return ExhaustiveSearch(keys, values, metric, device, check_rows)
-        index = load_checked(datastore)
+            return ExhaustiveSearch(keys, values, metric, device=device, check_rows=check_rows)
+        of_index = {"index": load_checked(datastore), "nprobe": self.nprobe, "device": index_device}
         if self.distances == "index":
-            return IndexSearch(index, metric, values, self.nprobe, device=index_device)
-        return ExactSearch(index, metric, values, keys, self.nprobe, index_device, check_rows)
+            return IndexSearch(None, values, metric, **of_index)
+        return ExactSearch(keys, values, metric, **of_index, check_rows=check_rows)
 
 
 def _check_arguments(datastores, k, nprobe, distances, device) -> None:

@@ -56,7 +56,7 @@ def find_temperature(
     rng = np.random.default_rng(_SEED)
     rows = np.sort(rng.choice(len(keys), min(QUERIES, len(keys)), replace=False))
     k = min(NEIGHBORS, len(keys))
-    index = IndexSearch(load(index_path), metric, values, nprobe)
+    index = IndexSearch(None, values, metric, index=load(index_path), nprobe=nprobe)
     neighbors = index.search(torch.from_numpy(read_rows(keys, rows)), k)
     itself = neighbors.ids == torch.from_numpy(rows).unsqueeze(1)
     targets = torch.from_numpy(values[rows].astype(np.int64))

@@ -33,7 +33,7 @@ def search_index(path, metric, keys, queries, k, nprobe, device="cpu"):
     """The k nearest by an index: with exact distances where *keys* are given, else its own."""
     values = values_for(1 << 16)
     if keys is None:
-        searcher = IndexSearch(load(path), metric, values, nprobe, device=device)
+        searcher = IndexSearch(None, values, metric, index=load(path), nprobe=nprobe, device=device)
     else:
-        searcher = ExactSearch(load(path), metric, values, keys, nprobe, device)
+        searcher = ExactSearch(keys, values, metric, index=load(path), nprobe=nprobe, device=device)
     return as_arrays(searcher.search(torch.from_numpy(queries), k))

@@ -24,9 +24,8 @@ def test_few_neighbours_of_all_lists_are_those_of_brute_force(
 
 def test_few_queries_are_served_by_candidates(keys, queries, index_path):
     """They are fewer than the keys of the lists, and most of the nearest are among them."""
-    search = ExactSearch(
-        load(index_path("IVF16,PQ8x4fs", "l2")), "l2", values_for(len(keys)), keys, LISTS
-    )
+    index = load(index_path("IVF16,PQ8x4fs", "l2"))
+    search = ExactSearch(keys, values_for(len(keys)), "l2", index=index, nprobe=LISTS)
     few = queries[:3]
     found = as_arrays(search.search(torch.from_numpy(few), 8))
     nearest = np.argsort(all_distances(few, keys), axis=1, kind="stable")[:, :8]

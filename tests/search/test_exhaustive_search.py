@@ -15,7 +15,7 @@ CPU = torch.device("cpu")
 
 def search(keys, queries, k, metric="l2"):
     """Arrays of distances and ids."""
-    searcher = ExhaustiveSearch(keys, values_for(len(keys)), metric, CPU)
+    searcher = ExhaustiveSearch(keys, values_for(len(keys)), metric, device=CPU)
     return as_arrays(searcher.search(torch.from_numpy(queries), k))
 
 

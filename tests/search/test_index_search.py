@@ -192,7 +192,8 @@ def test_a_gpu_is_used_for_what_it_can_do(monkeypatch, factory, k, nprobe, obsta
 @pytest.mark.parametrize("factory", ["Flat", "IVF16,Flat", "OPQ8,IVF16,PQ8", "IVF16,PQ8x4fs"])
 def test_tensors_find_what_arrays_find(queries, index_path, factory, metric):
     for nprobe in (1, 16):  # one list has fewer than 300 keys
-        searcher = IndexSearch(load(index_path(factory, metric)), metric, values_for(COUNT), nprobe)
+        index = load(index_path(factory, metric))
+        searcher = IndexSearch(None, values_for(COUNT), metric, index=index, nprobe=nprobe)
         found = searcher.search(torch.from_numpy(queries), 300)
         batches = list(searcher._device_batches(torch.from_numpy(queries), 300))
         assert [rows for rows, _ in batches] == [slice(0, len(queries))]

@@ -43,7 +43,7 @@ class Lists:
 
 
 def make_search(keys, lists, metric="l2"):
-    return ListSearch(keys, values_for(len(keys)), Lists(lists), metric)
+    return ListSearch(keys, values_for(len(keys)), metric, lists=Lists(lists))
 
 
 def run(search, queries, probes, k):

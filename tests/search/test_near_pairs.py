@@ -144,7 +144,7 @@ def test_a_search_finds_the_same_with_either_type(rng, monkeypatch):
     found = []
     for dtype in TYPES:
         monkeypatch.setattr(near_pairs, "rounded_type", lambda dtype=dtype: dtype)
-        search = ListSearch(keys, values_for(len(keys)), lists, "l2")
+        search = ListSearch(keys, values_for(len(keys)), "l2", lists=lists)
         found.append(as_arrays(search.search(torch.from_numpy(queries), 30)))
     for one, other in zip(*found):
         assert np.array_equal(one, other)
