@@ -66,7 +66,7 @@ def vocabulary_log_probs(
     Raises:
         UserError: if shapes differ or temperature <= 0.
     """
-    if distances.shape != values.shape:
+    if distances.shape != values.shape or distances.dim() != 2:
         raise UserError(
             "vocabulary_log_probs: expected distances and values of one shape (N, k), got "
             f"{tuple(distances.shape)}, {tuple(values.shape)}"
@@ -92,8 +92,12 @@ def knn_weights(distances, temperature: float = 1.0) -> torch.Tensor:
         Tensor: shape (N, k), float32, in [0, 1]; rows sum to 1, or to 0 without any neighbour.
 
     Raises:
-        UserError: if temperature <= 0.
+        UserError: if distances have another shape or temperature <= 0.
     """
+    if distances.dim() != 2:
+        raise UserError(
+            f"knn_weights: expected distances of shape (N, k), got {tuple(distances.shape)}"
+        )
     # a query without any neighbour has nan
     return _log_weights(distances, temperature).softmax(dim=1).nan_to_num_(nan=0.0)
 
