@@ -155,13 +155,14 @@ REFUSED = [
     ("measure", lambda h: tuning.measure("valid", DATA, tuning.Chosen(scoring.Settings())),
      "data must have document_starts"),
     ("mixture_perplexities", lambda h: tuning.mixture_perplexities(ROWS, ROWS, [2.0]), "lambda"),
+    ("save", lambda h: tuning.save("n.npz", DATA, {"k": 2}), "data lacks document_starts, parts"),
     ("sweep", lambda h: tuning.sweep(DATA, [1], temperatures=[]), "the grid is empty"),
 ]  # fmt: skip
 
 # Their arguments are files, models, texts or samples of other types, at which Python itself stops.
 TYPES_ALONE = {
     "dictionary_fingerprint", "document_starts", "encode", "file_fingerprint", "load", "perplexity",
-    "read_tuned", "sample_of", "save", "target_log_probs", "to_device", "weights_fingerprint",
+    "read_tuned", "sample_of", "target_log_probs", "to_device", "weights_fingerprint",
 }  # fmt: skip
 
 

@@ -24,13 +24,15 @@ from typing import NamedTuple, Optional
 import numpy as np
 import torch
 
-from ..arguments import check_arguments
+from ..arguments import check_arguments, refuse
 from ..errors import UserError
-from ..fields import whole
+from ..fields import Record, whole
 from ..files import atomic_file, checksum
 
 # Version 1 had no checksum.
 FORMAT_VERSION = 2
+# What a file depends on, of which only the number of neighbours is read here.
+_SETTINGS = Record({"k": whole(0)}, {})
 _ARRAYS = ("log_p_lm", "distances", "matches", "targets", "document_starts", "parts")
 # Random parts of a datastore, of which curves over its size are made. It is a power of two, and one
 # byte holds the number of a part.
@@ -85,10 +87,18 @@ def save(path: str, data: TuningData, settings: dict) -> None:
         settings (dict): JSON, what *data* depends on; ``k`` among it.
 
     Raises:
-        UserError: if it cannot be written.
+        UserError: if *data* or *settings* lack something or do not fit, or it cannot be written.
     """
     arrays = {name: np.asarray(part) for name, part in data._asdict().items() if part is not None}
+    check_arguments("save", settings=(settings, _SETTINGS))
+    lacking = [name for name in _ARRAYS if name not in arrays]
+    if lacking:
+        refuse("save", [f"data lacks {', '.join(lacking)}, which collect gives"])
     arrays["matches"] = np.packbits(arrays["matches"], axis=1)
+    try:
+        _check_layout(arrays, settings["k"])
+    except ValueError as error:
+        raise UserError(f"save: {error}") from None
     arrays["settings"] = np.array(_text({"format_version": FORMAT_VERSION, **settings}))
     try:
         with atomic_file(path) as file:
@@ -147,7 +157,8 @@ def load(path: str, k: int, types: Optional[int] = None) -> TuningData:
         arrays = {name: file[name] for name in file.files if name != "checksum"}
         if str(file["checksum"]) != _checksum(arrays):
             raise ValueError("its checksum is not that of its content")
-        _check_arrays(arrays, _settings_of(file)["k"], types)
+        _check_layout(arrays, _settings_of(file)["k"])
+        _check_ranges(arrays, types)
     check_arguments("load", k=(k, whole(0, arrays["distances"].shape[1])))
     matches = np.unpackbits(arrays["matches"], axis=1, count=k).view(bool)
     return TuningData(
@@ -170,19 +181,18 @@ def _checksum(arrays: dict) -> str:
     return checksum("\n".join(parts).encode())
 
 
-def _check_arrays(arrays: dict, width: int, types: Optional[int]) -> None:
-    """Refuse arrays that no pass of model and search gives.
+def _check_layout(arrays: dict, k: int) -> None:
+    """Refuse arrays of other dtypes or shapes than a file of neighbours has.
 
     Args:
         arrays (dict): by name, all of a file.
-        width (int): k, neighbours of each query.
-        types (int): see ``load``.
+        k (int): neighbours of each query.
 
     Raises:
         KeyError: if one is missing.
-        ValueError: if one has another dtype or shape, or a number that cannot be.
+        ValueError: naming the array.
     """
-    count, k = len(arrays["log_p_lm"]), width
+    count = len(arrays["log_p_lm"])
     layout = {
         "log_p_lm": (np.float32, (count,)),
         "distances": (np.float32, (count, k)),
@@ -199,6 +209,18 @@ def _check_arrays(arrays: dict, width: int, types: Optional[int]) -> None:
                 f"{name} is {arrays[name].dtype} of shape {arrays[name].shape}, no "
                 f"{np.dtype(dtype)} of shape {shape}"
             )
+
+
+def _check_ranges(arrays: dict, types: Optional[int]) -> None:
+    """Refuse numbers that no pass of model and search gives.
+
+    Args:
+        arrays (dict): by name, all of a file.
+        types (int): see ``load``.
+
+    Raises:
+        ValueError: saying what cannot be.
+    """
     for fault, what in _range_faults(arrays, types):
         if fault:
             raise ValueError(what)

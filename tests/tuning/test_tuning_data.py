@@ -187,6 +187,22 @@ def test_more_neighbours_than_there_are_are_refused(path):
         tuning_data.load(path, 12)
 
 
+@pytest.mark.parametrize(
+    "changed, settings, what",
+    [
+        ({"parts": None, "targets": None}, SETTINGS, "save: data lacks targets, parts"),
+        ({}, {}, "save: settings.k is missing"),
+        ({}, {"k": 3}, r"save: distances is float32 of shape \(7, 11\), no float32 of shape"),
+        ({"queries": torch.zeros(6, 5)}, SETTINGS, "save: queries is float32 of shape"),
+    ],
+)
+def test_what_could_not_be_read_again_is_not_written(data, tmp_path, changed, settings, what):
+    path = tmp_path / "n.npz"
+    with pytest.raises(UserError, match=what):
+        tuning_data.save(str(path), data._replace(**changed), settings)
+    assert not path.exists()
+
+
 def test_a_file_that_cannot_be_written(data, tmp_path):
     with pytest.raises(UserError, match="cannot write --knn-neighbors .*nonesuch"):
         tuning_data.save(str(tmp_path / "nonesuch" / "n.npz"), data, SETTINGS)
