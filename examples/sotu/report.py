@@ -13,13 +13,13 @@ from pipeline import in_time  # noqa: E402
 # Okabe and Ito's colours, told apart by colour-blind readers as well; markers tell them in grey.
 BASE, CURVE, BEST = "#000000", "#0072B2", "#D55E00"
 
-# Names of methods and of their changes in the JSON of fairseq-knnlm-tune, and in words.
-METHODS = (
-    ("base", None, "language model"),
-    ("cache", "cache_change", "+ continuous cache"),
-    ("knn", "relative_change", "+ nearest neighbours"),
-    ("knn_cache", "knn_cache_change", "+ nearest neighbours and cache"),
-)
+# Methods as the JSON of fairseq-knnlm-tune names them, and in words.
+METHODS = {
+    "base": "language model",
+    "cache": "+ continuous cache",
+    "knn": "+ nearest neighbours",
+    "knn_cache": "+ nearest neighbours and cache",
+}
 BESIDES = "knn_cache_change_from_knn"
 
 
@@ -69,9 +69,9 @@ def table(results):
     """The lines of the table that the demonstration ends with."""
     valid, test = results["valid"], results["test"]
     yield f"{'perplexity (lower is better)':<36}{'valid':>9}{'test':>9}{'change':>9}  95% interval"
-    for name, change, words in METHODS:
+    for name, words in METHODS.items():
         perplexities = "".join(f"{split[f'{name}_perplexity']:>9.2f}" for split in (valid, test))
-        yield f"  {words:<34}{perplexities}{with_interval(test.get(change))}"
+        yield f"  {words:<34}{perplexities}{with_interval(change_of(test, name))}"
     yield f"  {'the cache, besides neighbours':<52}" + with_interval(test[BESIDES])
     yield f"{'tokens':<36}{valid['tokens']:>9,}{test['tokens']:>9,}"
     knn, both = results["knn"], results["knn_cache"]
@@ -89,6 +89,11 @@ def table(results):
     yield f"{'step':<44}{'time':>12}"
     for step, duration in results["seconds"].items():
         yield f"  {step:<42}{in_time(duration):>12}"
+
+
+def change_of(split, name):
+    """The relative change of perplexity by a method; None for the language model."""
+    return split.get("relative_change" if name == "knn" else f"{name}_change")
 
 
 def with_interval(change):
@@ -120,9 +125,9 @@ def plot(tuned, path):
 def plot_methods(axes, test):
     """One line a method, named beside the axis, and the interval of its change from the model."""
     base = test["base_perplexity"]
-    for place, (name, change, _) in enumerate(METHODS):
+    for place, name in enumerate(METHODS):
         perplexity, marker = test[f"{name}_perplexity"], "s" if name == "base" else "o"
-        bounds = bounds_of(test.get(change))
+        bounds = bounds_of(change_of(test, name))
         if bounds:
             axes.plot([base * (1 + bound) for bound in bounds], [place] * 2, color=CURVE)
         axes.plot(perplexity, place, marker, color=BASE if name == "base" else CURVE)
@@ -132,7 +137,7 @@ def plot_methods(axes, test):
             bbox={"facecolor": "white", "edgecolor": "none", "pad": 1},
         )  # fmt: skip
     axes.axvline(base, color=BASE, linestyle=":", linewidth=1)
-    axes.set_yticks(range(len(METHODS)), [words for _, _, words in METHODS])
+    axes.set_yticks(range(len(METHODS)), list(METHODS.values()))
     axes.set_ylim(len(METHODS) - 0.5, -0.7)
     axes.margins(x=0.12)
     axes.grid(axis="x", alpha=0.3)

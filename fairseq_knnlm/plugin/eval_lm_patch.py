@@ -2,8 +2,8 @@
 
 fairseq asks the task for everything but the scorer: ``fairseq_cli.eval_lm.eval_lm`` builds
 fairseq's own from its module's globals. Besides ``print_patch`` this is the one place that patches
-fairseq at run time. It swaps the function ``eval_lm`` for one call; that call swaps the scorer
-class, runs the stock function and puts both back.
+fairseq at run time. For one call it puts a function of ours in the place of ``eval_lm``; that call
+puts our scorer in the place of the class, runs fairseq's function and puts everything back.
 """
 
 import logging
@@ -38,7 +38,7 @@ def use_scorer(make_scorer: Callable, on_end: Optional[Callable[[int], None]] = 
         return
     stock = getattr(names["eval_lm"], "stock", names["eval_lm"])
 
-    def eval_lm(**arguments):
+    def with_our_scorer(**arguments):
         names["eval_lm"], stock_scorer = stock, names["SequenceScorer"]
         scorer = _CountingScorer(
             make_scorer(arguments.get("softmax_batch") or 0),
@@ -55,8 +55,8 @@ def use_scorer(make_scorer: Callable, on_end: Optional[Callable[[int], None]] = 
             on_end(scorer.counted)
         return total
 
-    eval_lm.stock = stock
-    names["eval_lm"] = eval_lm
+    with_our_scorer.stock = stock
+    names["eval_lm"] = with_our_scorer
 
 
 class _CountingScorer:

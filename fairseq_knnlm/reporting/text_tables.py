@@ -4,15 +4,9 @@ from collections.abc import Iterable
 from typing import Callable, NamedTuple, Optional
 
 from ..html_page import NONE, factor, number, percent
+from ..tuning.choice import BESIDES, BESIDES_WORDS, METHODS, change_of
 
-# Methods as they are named in JSON, their change from the model alone, and both in words.
-_METHODS = (
-    ("base", None, "the model alone"),
-    ("cache", "cache_change", "with a cache"),
-    ("knn", "relative_change", "with neighbours"),
-    ("knn_cache", "knn_cache_change", "with neighbours and a cache"),
-)
-_BESIDES = "knn_cache_change_from_knn"
+_METHODS = {"base": "the model alone", **METHODS}
 
 
 class TextTable(NamedTuple):
@@ -21,7 +15,7 @@ class TextTable(NamedTuple):
     caption (str): what it shows.
     columns (list of str): their names.
     rows (list of list of str): what stands in the columns.
-    text_columns (int): so many columns at the left are words, the others numbers.
+    text_columns (int): how many columns at the left are words; the others are numbers.
     """
 
     caption: str
@@ -77,13 +71,13 @@ def _headline(results: dict) -> TextTable:
     splits = [tuned] if last["split"] == tuned["split"] else [tuned, last]
     columns = ["", *(split["split"] for split in splits), "change", "95% interval"]
     rows = []
-    for name, change, words in _METHODS:
+    for name, words in _METHODS.items():
         if f"{name}_perplexity" in last:
             perplexities = [number(split[f"{name}_perplexity"]) for split in splits]
-            rows.append([words, *perplexities, *_change(last[change] if change else None)])
-    if _BESIDES in last:
+            rows.append([words, *perplexities, *_change(last.get(change_of(name)))])
+    if BESIDES in last:
         blank = [""] * len(splits)
-        rows.append(["the cache, besides neighbours", *blank, *_change(last[_BESIDES])])
+        rows.append([BESIDES_WORDS, *blank, *_change(last[BESIDES])])
     return TextTable(f"Perplexity; change and interval are of {last['split']}", columns, rows, 1)
 
 

@@ -36,6 +36,13 @@ METHODS = {
     "knn": "with neighbours",
     "knn_cache": "with neighbours and a cache",
 }
+# The change in JSON that a cache makes besides neighbours, and the same in words.
+BESIDES, BESIDES_WORDS = "knn_cache_change_from_knn", "the cache, besides neighbours"
+
+
+def change_of(method: str) -> str:
+    """The name in JSON of the change that a method makes from the model alone."""
+    return "relative_change" if method == "knn" else f"{method}_change"
 
 
 class Chosen(NamedTuple):
@@ -175,14 +182,14 @@ def measure(
     for name, mixed in log_probs.items():
         change = paired_interval(base, mixed, documents)
         result[f"{name}_perplexity"] = perplexity(mixed)
-        result["relative_change" if name == "knn" else f"{name}_change"] = change._asdict()
+        result[change_of(name)] = change._asdict()
         logger.info(
             f"{split}: {result[f'{name}_perplexity']:.2f} {METHODS[name]}: {change.value:+.2%}, "
             f"{bootstrap.in_words(change)}"
         )
     if "knn_cache" in log_probs:
         change = paired_interval(log_probs["knn"], log_probs["knn_cache"], documents)
-        result["knn_cache_change_from_knn"] = change._asdict()
+        result[BESIDES] = change._asdict()
         logger.info(
             f"{split}: what the cache adds to neighbours: {change.value:+.2%}, "
             f"{bootstrap.in_words(change)}"

@@ -75,9 +75,7 @@ def test_the_plot_has_every_method_and_its_interval(report, half_width, interval
     results = tuned(knn_cache_change=change(-0.3, half_width=half_width))
     axes = Figure().add_subplot()
     report.plot_methods(axes, results["reported_on"])
-    assert [label.get_text() for label in axes.get_yticklabels()] == [
-        words for _, _, words in report.METHODS
-    ]
+    assert [label.get_text() for label in axes.get_yticklabels()] == list(report.METHODS.values())
     lines = [line.get_xdata() for line in axes.get_lines()]
     points = [float(x[0]) for x in lines if len(x) == 1]
     spans = [list(x) for x in lines if len(x) == 2 and x[0] != x[1]]
