@@ -7,7 +7,7 @@ several processes may each dump a share; ``datastore.DatastoreWriter`` sees to b
 
 import logging
 import platform
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Callable, Optional
 
@@ -157,13 +157,8 @@ def build_datastore(
             index_bytes=cost.file + cost.parts,
         ) as writer:
             mine = shard(range(len(chunks)), num_shards, shard_id)
-            todo = sorted(set(mine) - set(writer.done))
-            if len(todo) < len(mine):
-                logger.info(f"going on after {len(mine) - len(todo)} of {len(mine)} chunks")
-            samples = samples_of({number: chunks[number] for number in todo})
-            # Samples stand first in zip, which asks them until their end: their workers end then.
-            numbered = ((number, sample) for sample, number in zip(samples, todo))
-            dump(model, numbered, extractor, writer)
+            share = {number: chunks[number] for number in mine}
+            dump(model, _samples_to_do(share, samples_of, writer), extractor, writer)
             missing = finish(writer, index_factory, metric)
     if missing:
         logger.info(
@@ -171,6 +166,24 @@ def build_datastore(
             "shards to finish builds the index"
         )
     return not missing
+
+
+def _samples_to_do(
+    share: dict, samples_of: Callable, writer: DatastoreWriter
+) -> Iterator[tuple[int, dict]]:
+    """The chunks of a share that are not written yet: their numbers, each with its sample.
+
+    Args:
+        share (dict): numbers and ranges of blocks of all chunks of the share.
+        samples_of (callable): see ``build_datastore``.
+        writer (DatastoreWriter): an entered writer.
+    """
+    todo = sorted(set(share) - set(writer.done))
+    if len(todo) < len(share):
+        logger.info(f"going on after {len(share) - len(todo)} of {len(share)} chunks")
+    samples = samples_of({number: share[number] for number in todo})
+    # Samples stand first in zip, which asks them until their end: their workers end then.
+    return ((number, sample) for sample, number in zip(samples, todo))
 
 
 def dump(

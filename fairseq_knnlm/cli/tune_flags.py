@@ -21,6 +21,14 @@ def make_parser():
         "on another. The best setting is stored in the datastore, for fairseq-eval-lm --knn-tuned.",
         gen_subset="valid",
     )
+    _add_splits(parser)
+    _add_grids(parser)
+    _add_results(parser)
+    return parser
+
+
+def _add_splits(parser) -> None:
+    """Flags of the texts, and of what is retrieved for them."""
     parser.add_argument(
         "--report-subset",
         metavar="SPLIT",
@@ -38,6 +46,10 @@ def make_parser():
         "else read in place of a search; that of --report-subset is FILE with .SPLIT before its "
         "extension",
     )
+
+
+def _add_grids(parser) -> None:
+    """Flags of what is tried."""
     parser.add_argument(
         "--knn-grid-k", metavar="K,...", help="only these k (default: powers of two up to --knn-k)"
     )
@@ -62,6 +74,10 @@ def make_parser():
         help="only these thetas (default: powers of two, then closer around the best); the weights "
         "of model, neighbours and cache are computed",
     )
+
+
+def _add_results(parser) -> None:
+    """Flags of what is written."""
     parser.add_argument(
         "--no-store",
         action="store_true",
@@ -78,7 +94,6 @@ def make_parser():
         help="write a report there: report.html, one page that needs no network, its figures as "
         "PNG, SVG and PDF, and its tables as CSV, LaTeX and JSON; needs matplotlib",
     )
-    return parser
 
 
 def refuse_flags(cfg, args) -> None:
