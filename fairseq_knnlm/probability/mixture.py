@@ -59,7 +59,18 @@ def mix(
             _of_rows(weight, log_p_lm) for weight in (knn_lambda, cache_lambda)
         )
     _refuse_impossible(knn_lambda, cache_lambda, log_p_cache is not None)
-    mixed = log_p_lm.float()
+    return _mix(log_p_lm.float(), log_p_knn, log_p_cache, knn_lambda, cache_lambda)
+
+
+def _mix(
+    log_p_lm,
+    log_p_knn: Optional[torch.Tensor],
+    log_p_cache: Optional[torch.Tensor],
+    knn_lambda: Weight,
+    cache_lambda: Weight,
+) -> torch.Tensor:
+    """As ``mix``, of what fits: neighbours join the model first, the cache both of them."""
+    mixed = log_p_lm
     if log_p_knn is not None and _may_be_positive(knn_lambda):
         lm_and_knn = _interpolate(mixed, log_p_knn, _share(knn_lambda, 1.0 - cache_lambda))
         undefined = _undefined(log_p_knn)
