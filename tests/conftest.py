@@ -1,4 +1,4 @@
-"""A small corpus and small models, made once a session with fairseq's own commands."""
+"""What is made once a session: a corpus and models, by fairseq's own commands; keys, datastores."""
 
 import os
 
@@ -18,7 +18,8 @@ from helpers.commands import (
     make_text,
     run,
 )
-from helpers.small import quiet, random_keys, save_keys
+from helpers.parts import CUTS, DIMENSION, SIZES, VOCABULARY
+from helpers.small import make_datastore, quiet, random_keys, random_values, save_keys
 
 from fairseq_knnlm.search.index_build import build_index
 
@@ -90,3 +91,35 @@ def index_path(keys, tmp_path_factory):
         return paths[factory, metric]
 
     return path
+
+
+# -- a datastore, whole and in parts ---------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def rows():
+    """Keys and values of the ``SIZES`` parts, one after another."""
+    return random_keys(1, sum(SIZES), DIMENSION), random_values(1, sum(SIZES), VOCABULARY)
+
+
+@pytest.fixture(scope="session")
+def make(rows, tmp_path_factory):
+    """Makes a datastore of some of the rows; gives its directory."""
+
+    def make_part(start=0, stop=None, **settings):
+        keys, values = (part[start:stop] for part in rows)
+        return make_datastore(tmp_path_factory.mktemp("datastore") / "d", keys, values, **settings)
+
+    return make_part
+
+
+@pytest.fixture(scope="session")
+def whole(make):
+    """A datastore of all rows."""
+    return make()
+
+
+@pytest.fixture(scope="session")
+def parts(make):
+    """A datastore of each part."""
+    return [make(start, stop) for start, stop in zip(CUTS, CUTS[1:])]

@@ -1,8 +1,8 @@
 """Which datastores, dictionaries, models and flags fit each other."""
 
-import numpy as np
 import pytest
 import torch
+from helpers.parts import VOCABULARY
 from helpers.small import edit_manifest, make_datastore, make_model, random_keys, random_values
 
 from fairseq_knnlm.datastore.fingerprint import weights_fingerprint
@@ -15,35 +15,6 @@ from fairseq_knnlm.scoring.compatibility import (
     refuse_unexpected_flags,
 )
 from fairseq_knnlm.search.retriever import Retriever
-
-SIZES, DIMENSION, VOCABULARY = [300, 7, 500], 8, 300
-CUTS = np.cumsum([0, *SIZES])
-
-
-@pytest.fixture(scope="module")
-def rows():
-    return random_keys(1, sum(SIZES), DIMENSION), random_values(1, sum(SIZES), VOCABULARY)
-
-
-@pytest.fixture(scope="module")
-def make(rows, tmp_path_factory):
-    """Makes a datastore of a part of the rows; gives its directory."""
-
-    def make_part(start=0, stop=None, **settings):
-        keys, values = (part[start:stop] for part in rows)
-        return make_datastore(tmp_path_factory.mktemp("datastore") / "d", keys, values, **settings)
-
-    return make_part
-
-
-@pytest.fixture(scope="module")
-def whole(make):
-    return make()
-
-
-@pytest.fixture(scope="module")
-def parts(make):
-    return [make(start, stop) for start, stop in zip(CUTS, CUTS[1:])]
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ import re
 import numpy as np
 import pytest
 import torch
+from helpers.parts import CUTS, DIMENSION, SIZES, VOCABULARY
 from helpers.small import (
     all_distances,
     assert_nearest,
@@ -18,34 +19,10 @@ from fairseq_knnlm.errors import UserError
 from fairseq_knnlm.search import devices
 from fairseq_knnlm.search.retriever import Retriever
 
-SIZES, DIMENSION, VOCABULARY = [300, 7, 500], 8, 300
-CUTS = np.cumsum([0, *SIZES])
-
-
-@pytest.fixture(scope="module")
-def rows():
-    return random_keys(1, sum(SIZES), DIMENSION), random_values(1, sum(SIZES), VOCABULARY)
-
 
 @pytest.fixture(scope="module")
 def queries():
     return torch.from_numpy(random_keys(2, 40, DIMENSION).astype(np.float32))
-
-
-@pytest.fixture(scope="module")
-def make(rows, tmp_path_factory):
-    """Makes a datastore of a part of the rows; gives its directory."""
-
-    def make_part(start=0, stop=None, **settings):
-        keys, values = (part[start:stop] for part in rows)
-        return make_datastore(tmp_path_factory.mktemp("datastore") / "d", keys, values, **settings)
-
-    return make_part
-
-
-@pytest.fixture(scope="module")
-def whole(make):
-    return make()
 
 
 def test_queries_are_tensors_or_arrays(whole, queries):
@@ -61,11 +38,6 @@ def test_queries_are_tensors_or_arrays(whole, queries):
         UserError, match=r"shape \(N, 8\).* float type, got \(40, 8\) of torch.int64"
     ):
         retriever.search(queries.long())
-
-
-@pytest.fixture(scope="module")
-def parts(make):
-    return [make(start, stop) for start, stop in zip(CUTS, CUTS[1:])]
 
 
 def assert_neighbours(found, rows, queries, k, metric="l2"):
