@@ -15,7 +15,7 @@ def write_part(data, destination, split="train", share=1.0, tokens=None, at_leas
         split (str): the split.
         share (float): of the lines, in (0, 1].
         tokens (int): only as many lines as hold this many tokens; None: no such limit.
-        at_least (int): tokens that are written; the lines are repeated until there are so many.
+        at_least (int): tokens that are written at least; the lines are repeated until they are.
     """
     destination.mkdir(parents=True)
     shutil.copy(data / "dict.txt", destination)

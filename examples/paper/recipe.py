@@ -239,7 +239,7 @@ class Lab:
     def evaluate(self, name, model, data, datastores, *flags, cache=0):
         """Tune on valid and write the log probabilities of test, with the datastores as one.
 
-        With a *cache* of up to so many tokens, also of the cache alone and of both: ``cached``.
+        With a *cache*, the most tokens of one, also of the cache alone and of both: ``cached``.
         """
         tuned, report = self.tuned_path(name), self.work / "reports" / name
         search = ("--knn-datastore", ":".join(map(display, datastores)), *flags)

@@ -13,7 +13,7 @@ PIECE = "piece-lm"
 
 
 def name_of(pieces):
-    """Name of the scores with a datastore of so many pieces."""
+    """Name of the scores with a datastore of that many pieces."""
     return f"pieces-{pieces}-knn"
 
 

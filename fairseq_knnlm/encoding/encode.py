@@ -56,7 +56,7 @@ def encode(
         softmax_batch (int): most tokens of one softmax; 0: as many as memory allows.
         key_dtype (torch.dtype): of the keys; None: the model's.
         log_normalizer (bool): whether it is wanted beside log p_lm.
-        top (int): so many of the most probable tokens are wanted beside log p_lm, at most V.
+        top (int): how many of the most probable tokens are wanted beside log p_lm, at most V.
 
     Returns:
         Encoded: rows in corpus order.
@@ -173,7 +173,7 @@ def most_probable(decoder, features, count: int, softmax_batch: int = 0):
 
 
 def _rows_at_a_time(width: int, softmax_batch: int) -> int:
-    """How many rows of so many logits one softmax takes."""
+    """How many rows one softmax takes, each of *width* logits."""
     step = max(1, _MAX_LOGITS // width)
     return min(softmax_batch or step, step)
 

@@ -16,11 +16,11 @@ from .tokens import Memory, Passage, Token, place_in_words
 _RATIOS = (0.5, 0.8, 0.95, 1.05, 1.25, 2.0)
 _UNCHANGED = len(_RATIOS) // 2
 _LN_RATIOS = tuple(map(math.log, _RATIOS))
-# So many of the tokens that were helped most, and as many of those that were hurt most, are listed
-# above the text, and have their memories in print.
+# How many of the tokens that were helped most are listed above the text, and have their memories in
+# print; the same number of those that were hurt most.
 _EXTREMES = 10
-# Log-ratios that agree in so many decimals are equal: where no neighbour has the token all of them
-# are ln(1 - lambda), but for rounding.
+# Log-ratios are compared to this many decimals: where no neighbour has the token all of them are
+# ln(1 - lambda), but for rounding.
 _TIE_DECIMALS = 3
 
 

@@ -32,7 +32,7 @@ def refuse_impossible(directory: str) -> None:
         directory (str): of ``--report``.
 
     Raises:
-        UserError: if matplotlib is missing, or *directory* neither is one nor can be made.
+        UserError: if matplotlib is missing, or *directory* cannot be written into or made.
     """
     refuse_missing_matplotlib()
     refuse_unwritable_directory("--report", directory)

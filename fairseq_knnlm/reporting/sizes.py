@@ -19,8 +19,8 @@ from .intervals import perplexity_with_bounds
 
 # Sizes of the curve, in parts of which the datastore has ``PARTS``.
 _SIZES = (1, 2, 4, 8, 16)
-# Of the k nearest of the whole, k / 16 are in the smallest part on average, and k / 32 or more for
-# nearly every query: so many are taken of every part.
+# k over this is how many neighbours are taken of every part. Of the k nearest of the whole, k / 16
+# are in the smallest part on average, and k / 32 or more for nearly every query.
 _COMMON_SHARE = 2 * PARTS
 # Queries whose neighbours are looked at together.
 _BATCH_ROWS = 2048

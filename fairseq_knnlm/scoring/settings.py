@@ -11,7 +11,7 @@ from ..probability.mixture import ROUNDING
 
 DEFAULT_LAMBDA = 0.25
 DEFAULT_CACHE_LAMBDA = 0.1
-# No text that is evaluated has so many tokens.
+# No text that is evaluated has more tokens than this.
 MOST_CACHED = 2**31 - 1
 AUTO = "auto"
 # The unit of a temperature is that of a model's squared distances: no number fits all models.
