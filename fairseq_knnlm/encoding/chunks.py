@@ -87,6 +87,30 @@ def shard(chunks: Sequence[range], num_shards: int, shard_id: int) -> list[range
     return list(chunks[bounds[shard_id] : bounds[shard_id + 1]])
 
 
+def share_of_text(
+    sizes: np.ndarray, chunk_tokens: int, num_shards: int, shard_id: int
+) -> list[range]:
+    """The chunks that one of several processes scores.
+
+    The text is cut evenly, so that every process has a share of a short text, and none has a small
+    rest.
+
+    Args:
+        sizes (ndarray): shape (M,), target tokens of each block.
+        chunk_tokens (int): target tokens of a chunk, about, at most.
+        num_shards (int): processes.
+        shard_id (int): which of them, from 0.
+
+    Returns:
+        list of range: block indices of each chunk, in order.
+
+    Raises:
+        UserError: if there is no such share.
+    """
+    per_shard = max(1, -(-int(sizes.sum()) // (num_shards * chunk_tokens)))
+    return shard(split_evenly(sizes, num_shards * per_shard), num_shards, shard_id)
+
+
 def blocks_before(sizes: np.ndarray, first: int, tokens: int) -> range:
     """The blocks before block *first* that hold the last *tokens* target tokens before it.
 

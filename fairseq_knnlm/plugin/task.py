@@ -16,10 +16,9 @@ from fairseq.tasks.language_modeling import LanguageModelingTask
 
 from ..datastore.fingerprint import dictionary_fingerprint, weights_fingerprint
 from ..encoding.blocks import BlockDataset, refuse_oversized
-from ..encoding.chunks import SEARCH_TOKENS, blocks_before, shard, split_evenly, tokens_of_search
+from ..encoding.chunks import SEARCH_TOKENS, blocks_before, share_of_text, tokens_of_search
 from ..encoding.samples import ChunkCollater
 from ..errors import UserError
-from ..inspection.tokens import Inspector
 from ..options import DEFAULT_KEY
 from ..scoring.compatibility import (
     refuse_broken_weights,
@@ -29,14 +28,13 @@ from ..scoring.compatibility import (
 from ..scoring.in_effect import InEffect
 from ..scoring.recorder import TokenRecorder
 from ..scoring.scorer import KNNScorer, make_scorer
-from ..scoring.settings import Settings
 from .commands import end_with_text
 from .compat import allow_plain_data, numpy_compat
 from .config import KNNLMConfig, check_settings, unused_neighbor_flags
 from .eval_lm_patch import use_scorer
+from .generation import make_memories, refuse_generation
 from .generator import KNNGenerator, KNNModel, ReferenceScorer
 from .opening import open_datastores, refuse_other_decoders, refuse_other_models
-from .print_patch import Memories
 from .results import evaluation_output
 from .unknown_words import warn_of_unknown_words
 
@@ -292,12 +290,8 @@ class KNNLMTask(LanguageModelingTask):
         """
         blocks = self.blocks(dataset, context_window)
         refuse_oversized(blocks, max_positions or max_tokens, max_tokens)
-        # The text is cut evenly, so that every shard has a share of a short text, and none has a
-        # small rest.
         chunk_tokens = chunk_tokens or self._tokens_of_chunk()
-        per_shard = -(-int(blocks.sizes.sum()) // (num_shards * chunk_tokens))
-        chunks = split_evenly(blocks.sizes, num_shards * max(1, per_shard))
-        chunks = shard(chunks, num_shards, shard_id)
+        chunks = share_of_text(blocks.sizes, chunk_tokens, num_shards, shard_id)
         first_block = chunks[0].start if chunks else 0
         history = blocks_before(blocks.sizes, first_block, self.settings.cache_size)
         return self.chunk_iterator(
@@ -378,44 +372,15 @@ class KNNLMTask(LanguageModelingTask):
         self.warn_of_no_neighbors()
         in_effect = self.settings_without_cache("generation")
         settings = in_effect.settings
-        self._refuse_generation(args, settings)
+        wanted = getattr(args, "knn", True)
+        with_neighbors = wanted and self.retriever is not None and settings.knn_lambda > 0
+        refuse_generation(self.args, args, with_neighbors)
         self.log_settings(in_effect)
-        if not self._generates_with_neighbors(args, settings):
+        if not with_neighbors:
             return stock(models, args, seq_gen_cls, *rest)
         mixture = self.retriever, settings
         if getattr(args, "score_reference", False):
             return ReferenceScorer(self.target_dictionary, *mixture)
-        generator = functools.partial(KNNGenerator, memories=self._make_memories(args, settings))
+        memories = make_memories(self.args, args, *mixture, self.target_dictionary)
+        generator = functools.partial(KNNGenerator, memories=memories)
         return stock(KNNModel(models, *mixture), args, generator, *rest)
-
-    def _generates_with_neighbors(self, args, settings: Settings) -> bool:
-        wanted = getattr(args, "knn", True)
-        return wanted and self.retriever is not None and settings.knn_lambda > 0
-
-    def _refuse_generation(self, args, settings: Settings) -> None:
-        faults = []
-        if self.args.knn_output is not None or self.args.knn_output_tokens is not None:
-            faults.append("--knn-output and --knn-output-tokens are of an evaluation: drop them")
-        if not self._generates_with_neighbors(args, settings):
-            if self.args.knn_show_neighbors:
-                faults.append("--knn-show-neighbors needs --knn-datastore and --knn-lambda above 0")
-        elif getattr(args, "print_alignment", None):
-            faults.append("--print-alignment: a language model has no source to align with")
-        elif getattr(args, "constraints", None):
-            faults.append("--constraints: fairseq has them for translation only")
-        if faults:
-            raise UserError("; ".join(faults))
-
-    def _make_memories(self, args, settings: Settings):
-        """What ``--knn-show-neighbors`` asks for, or None."""
-        if not self.args.knn_show_neighbors:
-            return None
-        datastores = self.retriever.datastores
-        inspector = Inspector(
-            datastores,
-            self.target_dictionary,
-            settings.knn_lambda,
-            settings.temperature,
-            self.args.knn_show_neighbors,
-        )
-        return Memories(inspector, args.nbest, len(datastores))

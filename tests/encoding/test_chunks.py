@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from fairseq_knnlm.encoding.chunks import plan_chunks, shard
+from fairseq_knnlm.encoding.chunks import plan_chunks, shard, share_of_text
 
 
 @pytest.mark.parametrize("chunk_tokens", [1, 10, 64, 10**6])
@@ -18,6 +18,18 @@ def test_chunks_cover_every_block_once_in_order(chunk_tokens):
 
 def test_no_blocks_no_chunks():
     assert plan_chunks(np.array([]), 10) == []
+
+
+@pytest.mark.parametrize("chunk_tokens, num_shards", [(10**6, 1), (10**6, 7), (100, 3), (64, 8)])
+def test_every_process_has_an_even_share_of_a_text(chunk_tokens, num_shards):
+    sizes = np.random.default_rng(2).integers(1, 30, size=100)
+    shares = [share_of_text(sizes, chunk_tokens, num_shards, i) for i in range(num_shards)]
+    chunks = [chunk for share in shares for chunk in share]
+    assert [block for chunk in chunks for block in chunk] == list(range(100))
+    assert len({len(share) for share in shares}) == 1
+    # A cut is at the end of a block, so a chunk is off by less than the largest.
+    assert all(abs(sizes[chunk].sum() - sizes.sum() / len(chunks)) < 30 for chunk in chunks)
+    assert max(sizes[chunk].sum() for chunk in chunks) < chunk_tokens + 30
 
 
 @pytest.mark.parametrize("count", [1, 2, 5, 64])
