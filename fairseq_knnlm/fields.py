@@ -107,7 +107,12 @@ def one_of(choices) -> Kind:
 
 
 def matching(pattern: str, expected: str) -> Kind:
-    """A text of which a regular expression describes the whole."""
+    """A text of which a regular expression describes the whole.
+
+    Args:
+        pattern (str): the expression.
+        expected (str): the same in words.
+    """
     compiled = re.compile(pattern)
     return Kind(
         expected, lambda value: isinstance(value, str) and compiled.fullmatch(value) is not None
@@ -115,7 +120,12 @@ def matching(pattern: str, expected: str) -> Kind:
 
 
 def list_of(kind: Kind, plural: str) -> Kind:
-    """A list all of whose elements are of a kind."""
+    """A list whose elements are all of one kind.
+
+    Args:
+        kind (Kind): of each element.
+        plural (str): the elements in words.
+    """
     return Kind(
         f"a list of {plural}",
         lambda value: isinstance(value, list) and all(map(kind.holds, value)),

@@ -59,7 +59,13 @@ def number(value: float, decimals: int = 2, sign: str = "") -> str:
 
 
 def percent(value: float, decimals: int = 1, sign: str = "") -> str:
-    """A share in percent, see ``number``."""
+    """A share in percent.
+
+    Args:
+        value (float): the share; 0.25 is 25%.
+        decimals (int): of the percentage.
+        sign (str): "+" to have one in front of what is positive; "": none.
+    """
     return f"{value:{sign}.{decimals}%}" if math.isfinite(value) else "infinite"
 
 

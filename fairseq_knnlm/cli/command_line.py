@@ -42,6 +42,9 @@ def ending_with_text():
     """End the program with the text of a ``UserError`` and exit status 1, without a traceback.
 
     That holds as well for an error in one of the processes that fairseq starts for the GPUs.
+
+    Raises:
+        SystemExit: with that text.
     """
     try:
         yield

@@ -121,7 +121,12 @@ class RowChecks:
 
 
 def refusal(path: str, fault: str) -> str:
-    """The text of an error about a damaged file."""
+    """The text of an error about a damaged file.
+
+    Args:
+        path (str): of the file.
+        fault (str): what it is, bytes named.
+    """
     return (
         f"{path} is {fault}: they are not what was written; copy the file again where it was "
         "copied from, or build the datastore again"

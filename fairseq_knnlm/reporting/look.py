@@ -69,12 +69,23 @@ def legend(axes) -> None:
 
 
 def line(axes, rows: Sequence[dict], x: str, y: str = "perplexity", **look) -> None:
-    """A line of two columns of a table, *x* and *y*."""
+    """A line through the rows of a table.
+
+    Args:
+        axes: matplotlib's.
+        rows (sequence of dict): of the table.
+        x, y (str): the columns along and upwards.
+        look: as matplotlib draws lines.
+    """
     axes.plot([row[x] for row in rows], [drawable(row[y]) for row in rows], **look)
 
 
 def curve(axes, rows: Sequence[dict], x: str, **look) -> None:
-    """A line of perplexities, in a band of their intervals."""
+    """A line of perplexities, in a band of their intervals.
+
+    Args:
+        axes, rows, x, look: as of ``line``; *look* has a ``color``.
+    """
     line(axes, rows, x, **look)
     bounded = [row for row in rows if row["perplexity_low"] is not None]
     axes.fill_between(
@@ -99,7 +110,12 @@ def thin(colour: str) -> dict:
 
 
 def mark(axes, rows: Sequence[dict], x: str, chosen: float) -> None:
-    """A diamond where a setting was chosen."""
+    """A diamond where a setting was chosen.
+
+    Args:
+        axes, rows, x: as of ``line``.
+        chosen (float): the setting, in column *x*.
+    """
     for row in rows:
         if row[x] == chosen:
             axes.plot(
@@ -114,7 +130,13 @@ def drawable(value: float) -> float:
 
 
 def log_axis(axes, ticks: Sequence[float], form: str = "{x:,g}") -> None:
-    """Logarithmic along x, with these ticks."""
+    """Make the axis along logarithmic.
+
+    Args:
+        axes: matplotlib's.
+        ticks (sequence of float): where it has any.
+        form (str): how they are written.
+    """
     axes.set_xscale("log")
     axes.set_xticks(ticks)
     axes.minorticks_off()
@@ -126,6 +148,10 @@ def round_numbers(values: Sequence[float], most: int = 7) -> list[float]:
 
     1, 2, 5, 10, 20 and so on; powers of ten where those would be more than *most*; the values
     themselves where the range has fewer than two.
+
+    Args:
+        values (sequence of float): of the axis.
+        most (int): how many ticks have room.
     """
     low, high = min(values), max(values)
     exponents = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
