@@ -62,39 +62,66 @@ def encode(
         Encoded: rows in corpus order.
     """
     targets = sample["target"]
-    log_p_lm, log_z = (
-        targets.new_empty(len(targets), dtype=torch.float32) if wanted else None
-        for wanted in (log_probs, log_probs and log_normalizer)
-    )
-    top_log_p, top_ids = (
-        targets.new_empty(len(targets), top, dtype=dtype) if top else None
-        for dtype in (torch.float32, torch.int64)
-    )
+    encoded = _empty(targets, log_probs, log_probs and log_normalizer, top if log_probs else 0)
     keys = None
     for batch in track("model", sample["batches"], len(sample["batches"])):
-        rows, positions = batch["rows"], batch["positions"]
-        inputs = batch["src_tokens"]
-        features = model(inputs, src_lengths=batch["src_lengths"], features_only=True)[0]
+        inputs, lengths = batch["src_tokens"], batch["src_lengths"]
+        features = model(inputs, src_lengths=lengths, features_only=True)[0]
         if log_probs:
-            flat = features.reshape(-1, features.size(-1))[positions]  # (B, T, C) to (n, C)
-            scored = target_log_probs(
-                model.decoder, flat, targets[rows], softmax_batch, log_normalizer
-            )
-            log_p_lm[rows] = scored[0]
-            if log_normalizer:
-                log_z[rows] = scored[1]
-            if top:
-                top_log_p[rows], top_ids[rows] = most_probable(
-                    model.decoder, flat, top, softmax_batch
-                )
+            _score(model.decoder, features, batch, targets, softmax_batch, encoded)
         if extractor is not None:
-            length = inputs.size(1)
-            states = extractor.keys[positions % length, positions // length]  # (T, B, D) to (n, D)
+            states = _states(extractor, batch)
             if keys is None:
                 shape = len(targets), states.size(1)
                 keys = states.new_empty(shape, dtype=key_dtype or states.dtype)
-            keys[rows] = states.to(keys.dtype)
-    return Encoded(log_p_lm, keys, log_z, top_log_p_lm=top_log_p, top_ids=top_ids)
+            keys[batch["rows"]] = states.to(keys.dtype)
+    return encoded._replace(keys=keys)
+
+
+def _empty(targets, log_probs: bool, log_normalizer: bool, top: int) -> Encoded:
+    """Memory for what the softmax gives of all rows, as far as it is wanted."""
+
+    def new(*shape, dtype=torch.float32):
+        return targets.new_empty(len(targets), *shape, dtype=dtype)
+
+    return Encoded(
+        log_p_lm=new() if log_probs else None,
+        keys=None,
+        log_normalizer=new() if log_normalizer else None,
+        top_log_p_lm=new(top) if top else None,
+        top_ids=new(top, dtype=torch.int64) if top else None,
+    )
+
+
+def _score(decoder, features, batch: dict, targets, softmax_batch: int, encoded: Encoded) -> None:
+    """Write what the softmax gives of a batch into its rows of *encoded*.
+
+    Args:
+        decoder: a fairseq decoder.
+        features (Tensor): shape (B, T, C), its output before the softmax.
+        batch (dict): of the sample.
+        targets (LongTensor): shape (N,), of the sample.
+        softmax_batch (int): see ``encode``.
+        encoded (Encoded): from ``_empty``.
+    """
+    rows = batch["rows"]
+    flat = features.reshape(-1, features.size(-1))[batch["positions"]]  # (B, T, C) to (n, C)
+    with_normalizer = encoded.log_normalizer is not None
+    log_p, log_z = target_log_probs(decoder, flat, targets[rows], softmax_batch, with_normalizer)
+    encoded.log_p_lm[rows] = log_p
+    if with_normalizer:
+        encoded.log_normalizer[rows] = log_z
+    if encoded.top_ids is not None:
+        top = encoded.top_ids.size(1)
+        encoded.top_log_p_lm[rows], encoded.top_ids[rows] = most_probable(
+            decoder, flat, top, softmax_batch
+        )
+
+
+def _states(extractor: KeyExtractor, batch: dict) -> torch.Tensor:
+    """What the extractor caught of the scored positions of a batch, shape (n, D)."""
+    positions, length = batch["positions"], batch["src_tokens"].size(1)
+    return extractor.keys[positions % length, positions // length]  # (T, B, D) to (n, D)
 
 
 def refuse_not_finite(encoded: Encoded) -> None:

@@ -1,7 +1,7 @@
 """One pass of model and search over a text: what all settings are then tuned with."""
 
 import contextlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Callable, Optional
 
 import numpy as np
@@ -58,26 +58,36 @@ def collect(
     if retriever is not None or keep_queries:
         extractor = extractor_of(model, key)
     data = _empty(count, retriever, extractor.dimension if keep_queries else None)
-    starts, done = [], 0
+    starts = []
     with extractor or contextlib.nullcontext():
-        for sample in samples:
-            size = len(sample["target"])
-            if done + size > count:
-                raise UserError(f"collect: the samples have more targets than count, {count}")
-            rows = slice(done, done + size)
+        for rows, sample in _with_rows(samples, count):
             _fill(data, rows, model, sample, extractor, retriever, softmax_batch)
-            starts += [done + row for row in sample["document_starts"]]
-            done = rows.stop
+            starts += [rows.start + row for row in sample["document_starts"]]
             if on_progress is not None:
-                on_progress(done)
-    if done < count:
-        raise UserError(f"collect: the samples have {done} targets, count is {count}")
+                on_progress(rows.stop)
     starts = np.union1d(document_starts(data.targets.numpy(), eos), starts)
     return data._replace(document_starts=starts.astype(np.int64))
 
 
+def _with_rows(samples: Iterable[dict], count: int) -> Iterator[tuple[slice, dict]]:
+    """The rows of each sample's targets, and the sample.
+
+    Raises:
+        UserError: if there are more or fewer targets than *count*.
+    """
+    done = 0
+    for sample in samples:
+        rows = slice(done, done + len(sample["target"]))
+        if rows.stop > count:
+            raise UserError(f"collect: the samples have more targets than count, {count}")
+        yield rows, sample
+        done = rows.stop
+    if done < count:
+        raise UserError(f"collect: the samples have {done} targets, count is {count}")
+
+
 def _empty(count: int, retriever, dimension: Optional[int]) -> TuningData:
-    """Room for everything; *dimension* of the states, None where they are not kept."""
+    """Memory for everything; *dimension* of the states, None where they are not kept."""
     k = 0 if retriever is None else retriever.k
     return TuningData(
         log_p_lm=torch.empty(count),
