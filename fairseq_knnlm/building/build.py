@@ -142,9 +142,7 @@ def build_datastore(
     sizes = [int(blocks.sizes[chunk.start : chunk.stop].sum()) for chunk in chunks]
     with extractor_of(model, settings["key"]) as extractor:
         dimension, metric = extractor.dimension, settings["metric"]
-        index_factory = index_factory or default_index_factory(sum(sizes), dimension)
-        refuse_unbuildable(index_factory, sum(sizes), dimension, metric)
-        cost = estimate_cost(index_factory, sum(sizes), dimension, metric)
+        index_factory, index_bytes = _planned_index(index_factory, sum(sizes), dimension, metric)
         with DatastoreWriter(
             path,
             {**settings, "index": {"factory": index_factory}},
@@ -154,7 +152,7 @@ def build_datastore(
             num_shards=num_shards,
             shard_id=shard_id,
             overwrite=overwrite,
-            index_bytes=cost.file + cost.parts,
+            index_bytes=index_bytes,
         ) as writer:
             mine = shard(range(len(chunks)), num_shards, shard_id)
             share = {number: chunks[number] for number in mine}
@@ -166,6 +164,16 @@ def build_datastore(
             "shards to finish builds the index"
         )
     return not missing
+
+
+def _planned_index(
+    index_factory: Optional[str], count: int, dimension: int, metric: str
+) -> tuple[str, int]:
+    """The factory string of an index that can be built, and the most it takes of the disk."""
+    index_factory = index_factory or default_index_factory(count, dimension)
+    refuse_unbuildable(index_factory, count, dimension, metric)
+    cost = estimate_cost(index_factory, count, dimension, metric)
+    return index_factory, cost.file + cost.parts
 
 
 def _samples_to_do(
