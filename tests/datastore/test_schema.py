@@ -23,7 +23,7 @@ MORE = {
 }
 
 
-MISSING = object()
+MISSING = "(missing)"  # a text, so that the names of the cases are the same in every process
 
 
 def put(fields, name, value):
