@@ -7,10 +7,11 @@ from typing import Optional, Union
 import numpy as np
 import torch
 
+from ..arguments import refuse
 from ..datastore.datastore import Datastore
 from ..datastore.schema import require
 from ..errors import UserError
-from ..fields import is_whole
+from ..fields import faults, is_whole, one_of, whole
 from ..neighbors import Neighbors
 from ..options import DEFAULT_DISTANCES, DEFAULT_K, DEFAULT_NPROBE, DEVICES, DISTANCES
 from .devices import choose_device
@@ -57,8 +58,7 @@ class Retriever:
         for datastore in self.datastores:
             require(datastore.path, datastore.manifest, ["metric"], "searching")
         _refuse_differing(self.datastores)
-        self.k = k
-        self.nprobe = nprobe
+        self.k, self.nprobe = int(k), int(nprobe)
         self.distances = distances
         if k > len(self):
             raise UserError(
@@ -203,18 +203,18 @@ class Retriever:
 
 
 def _check_arguments(datastores, k, nprobe, distances, device) -> None:
-    faults = []
+    found = []
     if not datastores or not all(isinstance(each, Datastore) for each in datastores):
         names = ", ".join(type(each).__name__ for each in datastores) or "none"
-        faults.append(f"datastores must be a list of one or more Datastore, got {names}")
-    for name, number in (("k", k), ("nprobe", nprobe)):
-        if isinstance(number, bool) or not isinstance(number, int) or number < 1:
-            faults.append(f"{name} must be a whole number >= 1, got {number!r}")
-    for name, value, valid in (("distances", distances, DISTANCES), ("device", device, DEVICES)):
-        if value not in valid:
-            faults.append(f"{name} must be one of {', '.join(valid)}, got {value!r}")
-    if faults:
-        raise UserError(f"Retriever: {'; '.join(faults)}")
+        found.append(f"datastores must be a list of one or more Datastore, got {names}")
+    for name, value, kind in (
+        ("k", k, whole(1)),
+        ("nprobe", nprobe, whole(1)),
+        ("distances", distances, one_of(DISTANCES)),
+        ("device", device, one_of(DEVICES)),
+    ):
+        found += faults(value, kind, name)
+    refuse("Retriever", found)
 
 
 def _refuse_differing(datastores: Sequence[Datastore]) -> None:

@@ -162,6 +162,12 @@ def test_every_index_must_fit_the_gpu(make, monkeypatch):
         Retriever.open(paths, k=1, device="cuda")
 
 
+def test_whole_numbers_of_numpy_will_do(whole):
+    retriever = Retriever.open([whole], k=np.int64(3), nprobe=np.uint8(2))
+    assert (retriever.k, retriever.nprobe) == (3, 2)
+    assert type(retriever.k) is type(retriever.nprobe) is int  # JSON knows no others
+
+
 @pytest.mark.parametrize(
     "arguments, fault",
     [
