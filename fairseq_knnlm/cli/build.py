@@ -20,6 +20,7 @@ from ..datastore.reading_lock import refuse_readers
 from ..datastore.writer import value_dtype
 from ..encoding.blocks import refuse_oversized
 from ..encoding.chunks import NEIGHBORS_BYTES, plan_chunks
+from ..encoding.encode import learned_positions
 from ..encoding.key_extractor import extractor_of
 from ..encoding.samples import to_device
 from ..errors import UserError
@@ -292,7 +293,7 @@ def _load_blocks(cfg, task, model):
             "build others with --gen-subset train1, ... and name them all in --knn-datastore"
         )
     blocks = task.blocks(load_split(task, split), cfg.eval_lm.context_window)
-    refuse_oversized(blocks, max_positions(model), max_tokens(cfg))
+    refuse_oversized(blocks, max_positions(model), max_tokens(cfg), learned_positions(model))
     return blocks
 
 

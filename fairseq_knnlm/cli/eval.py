@@ -2,8 +2,11 @@
 
 import sys
 
+from fairseq import distributed_utils, options
+from fairseq.dataclass.utils import convert_namespace_to_omegaconf
 from fairseq_cli import eval_lm
 
+from ..plugin.stock_flags import refuse_impossible_shards
 from .command_line import USER_DIR, configure_logging, ending_with_text, make_eval_parser
 from .help import asked_for, help_text
 from .noise import silence, without_configuration
@@ -28,6 +31,9 @@ def main(argv=None):
     silence()
     without_configuration(eval_lm.logger.name)
     # In front: flags that are typed count.
-    sys.argv[1:] = ["--user-dir", USER_DIR, "--task", "knnlm_lm", *typed]
-    with ending_with_text():
-        eval_lm.cli_main()
+    arguments = ["--user-dir", USER_DIR, "--task", "knnlm_lm", *typed]
+    with ending_with_text():  # what eval_lm.cli_main does; of no processes it starts none
+        args = options.parse_args_and_arch(options.get_eval_lm_parser(), input_args=arguments)
+        cfg = convert_namespace_to_omegaconf(args)
+        refuse_impossible_shards(cfg)
+        distributed_utils.call_main(cfg, eval_lm.main)

@@ -114,13 +114,17 @@ def _refuse_impossible(dataset, sizes, pad, context_window, max_length, document
     )
 
 
-def refuse_oversized(blocks: BlockDataset, max_positions: int, max_tokens: int) -> None:
+def refuse_oversized(
+    blocks: BlockDataset, max_positions: int, max_tokens: int, positions: Optional[int] = None
+) -> None:
     """Refuse a corpus with a block that cannot be fed; nothing is ever skipped or cut.
 
     Args:
         blocks (BlockDataset): the corpus.
-        max_positions (int): longest input that the model takes.
+        max_positions (int): longest input that the model takes, without the extra ``<s>``.
         max_tokens (int): longest batch, ``--max-tokens``.
+        positions (int): how many positions the model has learned, see ``encode.learned_positions``;
+            None: it computes them.
 
     Raises:
         UserError: naming the longest block and the flags to change.
@@ -135,6 +139,12 @@ def refuse_oversized(blocks: BlockDataset, max_positions: int, max_tokens: int) 
         raise UserError(
             f"{fed}, the model takes {max_positions}: pass --tokens-per-sample "
             f"{max_positions} or less, --context-window included, or another --sample-break-mode"
+        )
+    if positions is not None and longest > positions:
+        raise UserError(
+            f"{fed}, the extra <s> of --add-bos-token is one of them, and the model has learned "
+            f"{positions} positions: pass --tokens-per-sample {positions - 1} or less, "
+            "--context-window included"
         )
     if longest > max_tokens:
         raise UserError(f"{fed}, more than --max-tokens {max_tokens}: raise --max-tokens")

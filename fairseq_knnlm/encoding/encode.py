@@ -143,6 +143,16 @@ def refuse_not_finite(encoded: Encoded) -> None:
             )
 
 
+def learned_positions(model) -> Optional[int]:
+    """How many positions a model has a vector for, its longest input; None where it computes them.
+
+    Args:
+        model: a fairseq decoder-only language model.
+    """
+    embedding = model.decoder.embed_positions
+    return embedding.max_positions if isinstance(embedding, torch.nn.Embedding) else None
+
+
 def target_log_probs(
     decoder, features, targets, softmax_batch: int = 0, log_normalizer: bool = False
 ) -> tuple[torch.Tensor, Optional[torch.Tensor]]:

@@ -4,6 +4,8 @@
 a running command asks here for the command's names. Only this file looks at ``sys.modules``.
 """
 
+import builtins
+import itertools
 import os
 import sys
 import traceback
@@ -11,13 +13,14 @@ from types import ModuleType
 from typing import Optional
 
 import fairseq_cli
-from fairseq import checkpoint_utils
+from fairseq import checkpoint_utils, distributed_utils
 from torch.multiprocessing import ProcessRaisedException
 
 from ..errors import UserError
 
-_USER_ERROR = f"{UserError.__module__}.{UserError.__qualname__}: "
-_CHAINED_TRACEBACK = "\nTraceback (most recent call last):"
+_USER_ERROR = f"{UserError.__module__}.{UserError.__qualname__}"
+_TRACEBACK = "Traceback (most recent call last):\n"
+_LOADS = checkpoint_utils.load_model_ensemble_and_task.__code__
 
 
 def running_names(command: str) -> Optional[dict]:
@@ -71,17 +74,47 @@ def closing_text(error: BaseException) -> Optional[str]:
         return f"fairseq_knnlm: {error}"
     checkpoints = _checkpoints_that_failed(error)
     if checkpoints is not None:
-        return (
-            f"fairseq_knnlm: --path {checkpoints} cannot be loaded as a checkpoint: "
-            f"{type(error).__name__}: {str(error) or 'no reason given'}"
-        )
+        return _checkpoint_text(checkpoints, type(error).__name__, str(error))
     if isinstance(error, OSError):
         return f"fairseq_knnlm: {error}"
     if isinstance(error, ProcessRaisedException):
-        _, marker, text = str(error).rpartition(f"\n{_USER_ERROR}")
-        # A UserError that led to another exception stands in the middle of the text.
-        if marker and _CHAINED_TRACEBACK not in text:
-            return f"fairseq_knnlm: {text.rstrip()}"
+        return _text_of_another_process(str(error), _path_of(error))
+    return None
+
+
+def _text_of_another_process(trace: str, path: Optional[str]) -> Optional[str]:
+    """``closing_text`` of the exception in another process, of whose traceback there is the text.
+
+    Args:
+        trace (str): it.
+        path (str): ``--path`` of the command.
+    """
+    # An exception that led to another one has a traceback of its own before.
+    lines = trace.rpartition(_TRACEBACK)[2].splitlines(keepends=True)
+    frames = list(itertools.takewhile(lambda line: line.startswith("  "), lines))
+    name, _, message = "".join(lines[len(frames) :]).rstrip().partition(": ")
+    if name == _USER_ERROR:
+        return f"fairseq_knnlm: {message}"
+    if any(line.endswith(f", in {_LOADS.co_name}\n") for line in frames):
+        return _checkpoint_text(path, name, message)
+    kind = getattr(builtins, name, None)
+    if isinstance(kind, type) and issubclass(kind, OSError):
+        return f"fairseq_knnlm: {message}"
+    return None
+
+
+def _checkpoint_text(paths: Optional[str], kind: str, reason: str) -> str:
+    return (
+        f"fairseq_knnlm: --path {paths} cannot be loaded as a checkpoint: {kind}: "
+        f"{reason or 'no reason given'}"
+    )
+
+
+def _path_of(error: ProcessRaisedException) -> Optional[str]:
+    """``--path`` of the command of fairseq that started the process."""
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        if frame.f_code is distributed_utils.call_main.__code__:
+            return frame.f_locals["cfg"].common_eval.path
     return None
 
 
@@ -89,9 +122,8 @@ def _checkpoints_that_failed(error: BaseException) -> Optional[str]:
     """The checkpoints that fairseq was loading when an exception was raised; None: it was not."""
     if not isinstance(error, Exception):  # it was interrupted
         return None
-    loads = checkpoint_utils.load_model_ensemble_and_task.__code__
     for frame, _ in traceback.walk_tb(error.__traceback__):
-        if frame.f_code is loads:
+        if frame.f_code is _LOADS:
             return os.pathsep.join(map(str, frame.f_locals["filenames"]))
     return None
 

@@ -8,7 +8,8 @@ commands refuse, before any work.
 import ast
 import os
 from collections.abc import Iterator
-from typing import Optional
+
+from fairseq.data import plasma_utils
 
 from ..errors import UserError
 from ..scoring.compatibility import ensemble_fault
@@ -54,7 +55,7 @@ def stock_faults(flags) -> Iterator[str]:
         if runs("eval_lm"):
             yield "--path is missing: which checkpoint?"
         return
-    yield from _data_faults(flags.data)
+    yield from _data_faults(flags)
     yield from _checkpoint_faults(whole)
     yield from _target_faults(flags)
     yield from _block_faults(flags.tokens_per_sample, whole.eval_lm.context_window)
@@ -125,8 +126,11 @@ def model_overrides(text: str) -> dict:
     return overrides
 
 
-def _data_faults(data: Optional[str]) -> Iterator[str]:
+def _data_faults(flags) -> Iterator[str]:
+    data = flags.data
     folder = (data or "").split(os.pathsep)[0]
+    if flags.use_plasma_view and not plasma_utils.PYARROW_AVAILABLE:
+        yield "--use-plasma-view needs pyarrow.plasma, which pyarrow 12 has dropped: drop the flag"
     if data is not None and not os.path.isfile(os.path.join(folder, "dict.txt")):
         yield f"{data or repr(data)} is no directory made by fairseq-preprocess: it has no dict.txt"
 

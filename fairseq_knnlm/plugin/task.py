@@ -17,6 +17,7 @@ from fairseq.tasks.language_modeling import LanguageModelingTask
 from ..datastore.fingerprint import dictionary_fingerprint, weights_fingerprint
 from ..encoding.blocks import BlockDataset, refuse_oversized
 from ..encoding.chunks import SEARCH_TOKENS, blocks_before, share_of_text, tokens_of_search
+from ..encoding.encode import learned_positions
 from ..encoding.samples import ChunkCollater
 from ..errors import UserError
 from ..options import DEFAULT_KEY
@@ -28,6 +29,7 @@ from ..scoring.compatibility import (
 from ..scoring.in_effect import InEffect
 from ..scoring.recorder import TokenRecorder
 from ..scoring.scorer import KNNScorer, make_scorer
+from .binarised import read_as, refuse_damaged_split
 from .commands import end_with_text
 from .compat import allow_plain_data, numpy_compat
 from .config import KNNLMConfig, check_settings, unused_neighbor_flags
@@ -73,6 +75,7 @@ class KNNLMTask(LanguageModelingTask):
         self.in_effect = self._opened.in_effect
         self.settings, self.retriever = self.in_effect.settings, self._opened.retriever
         self.model_fingerprint: Optional[str] = None
+        self._learned_positions: Optional[int] = None
         self._is_logged = False
         if self.retriever is not None:
             fingerprint = dictionary_fingerprint(self.target_dictionary)
@@ -91,6 +94,20 @@ class KNNLMTask(LanguageModelingTask):
         """
         check_settings(args)
         return super().setup_task(args, **kwargs)
+
+    @classmethod
+    def setup_dictionary(cls, args, **kwargs):
+        """Read the dictionary, as fairseq does.
+
+        Args:
+            args, kwargs: as in ``setup_task``.
+
+        Raises:
+            UserError: if it is damaged.
+        """
+        path = os.path.join((args.data or "").split(os.pathsep)[0], "dict.txt")
+        with read_as(path, "a dictionary"):
+            return super().setup_dictionary(args, **kwargs)
 
     # -- settings ------------------------------------------------------------------------------
 
@@ -134,6 +151,7 @@ class KNNLMTask(LanguageModelingTask):
 
     def _on_weights_loaded(self, model, incompatible_keys):
         refuse_broken_weights(model)
+        self._learned_positions = learned_positions(model)
         # before they are converted to half precision
         is_written = self.args.knn_output is not None or self.args.knn_output_tokens is not None
         if self.retriever is not None or is_written:
@@ -151,14 +169,13 @@ class KNNLMTask(LanguageModelingTask):
             epoch, combine, kwargs: as in fairseq.
 
         Raises:
-            UserError: if it is empty, or there is none of that name.
+            UserError: if it is empty or damaged, or there is none of that name.
         """
-        for folder in self.args.data.split(os.pathsep):
-            binary = os.path.join(folder, f"{split}.bin")
-            if os.path.exists(binary) and os.path.getsize(binary) == 0:
-                raise UserError(f"{binary} is empty: the split {split!r} has no text")
+        folders = self.args.data.split(os.pathsep)
+        prefix = os.path.join(folders[(epoch - 1) % len(folders)], split)
+        refuse_damaged_split(prefix, len(self.dictionary))
         try:
-            with numpy_compat():
+            with numpy_compat(), read_as(prefix, "a split of binarised text"):
                 super().load_dataset(split, epoch, combine, **kwargs)
         except FileNotFoundError:
             raise UserError(
@@ -289,7 +306,7 @@ class KNNLMTask(LanguageModelingTask):
             UserError: if a block is longer than the model or a batch takes.
         """
         blocks = self.blocks(dataset, context_window)
-        refuse_oversized(blocks, max_positions or max_tokens, max_tokens)
+        refuse_oversized(blocks, max_positions or max_tokens, max_tokens, self._learned_positions)
         chunk_tokens = chunk_tokens or self._tokens_of_chunk()
         chunks = share_of_text(blocks.sizes, chunk_tokens, num_shards, shard_id)
         first_block = chunks[0].start if chunks else 0

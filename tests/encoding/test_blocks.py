@@ -107,6 +107,29 @@ def test_the_extra_bos_is_fed_beyond_the_limit_as_in_training():
         refuse_oversized(make_blocks("none", 0, bos=True), longest - 1, max_tokens=1000)
 
 
+def test_the_extra_bos_needs_a_position_where_positions_are_learned():
+    blocks = make_blocks("none", 0, bos=True)
+    longest = blocks.lengths.max()
+    refuse_oversized(blocks, longest, max_tokens=1000, positions=longest)
+    with pytest.raises(UserError, match=f"learned {longest - 1} positions: pass --tokens-per-sa"):
+        refuse_oversized(blocks, longest, max_tokens=1000, positions=longest - 1)
+
+
+def test_the_first_block_begins_a_document_and_the_callers_array_is_left_alone():
+    dataset = make_dataset("none")
+    unknown = BlockDataset(dataset, dataset.sizes, PAD, 3)  # no limit of length
+    assert [unknown[index].starts_document for index in range(3)] == [True, False, False]
+    starts = np.zeros(len(dataset), dtype=bool)
+    starts[2] = True
+    for given in (starts, starts.tolist()):
+        blocks = BlockDataset(dataset, dataset.sizes, PAD, 500, document_starts=given)
+        flags = [blocks[index].starts_document for index in range(4)]
+        assert flags == [True, False, True, False]
+        assert blocks[1].source.tolist()[0] == EOS and len(blocks[1].source) == blocks.lengths[1]
+    assert starts.sum() == 1
+    assert blocks.pad == PAD
+
+
 def test_an_empty_split_is_refused():
     with pytest.raises(UserError, match="no block"):
         refuse_oversized(BlockDataset([], np.array([]), PAD), 10, 10)

@@ -82,6 +82,17 @@ def test_the_text_of_a_process_that_fairseq_started(name, data, checkpoints, tmp
     assert output.strip().endswith(REFUSED)
 
 
+def test_a_checkpoint_that_fails_in_a_process_that_fairseq_started(data, checkpoints, tmp_path):
+    damaged = tmp_path / "damaged.pt"
+    damaged.write_bytes(checkpoints["plain"].read_bytes()[:5000])
+    flags = [data, "--path", damaged, "--user-dir", USER_DIR, "--task", "knnlm_lm", "--cpu"]
+    status, output = with_two_gpus(tmp_path, command("fairseq-eval-lm"), *flags)
+    assert status == 1
+    assert "Traceback" not in output, output
+    (line,) = [line for line in output.splitlines() if line.startswith("fairseq_knnlm: ")]
+    assert f"--path {damaged} cannot be loaded as a checkpoint: RuntimeError: " in line
+
+
 def test_the_text_of_a_process_of_our_command(data, checkpoints, datastores, tmp_path):
     script = write_script(
         tmp_path / "build.py",
@@ -208,12 +219,16 @@ def test_the_hook_prints_to_standard_error(monkeypatch, capsys):
             "call last):\n  File\nfairseq_knnlm.errors.UserError: a\n",
             "fairseq_knnlm: a",
         ),
+        ("\nPermissionError: [Errno 13] 'x'\n", "fairseq_knnlm: [Errno 13] 'x'"),
     ],
-    ids=["ours", "other", "ours became another", "another became ours"],
+    ids=["ours", "other", "ours became another", "another became ours", "operating system"],
 )
 def test_text_of_another_process(text, expected):
     error = commands.ProcessRaisedException(
-        f"\n\n-- Process 1 terminated with the following error:\nTraceback\n  File{text}", 1, 99
+        "\n\n-- Process 1 terminated with the following error:\n"
+        f"Traceback (most recent call last):\n  File{text}",
+        1,
+        99,
     )
     assert commands.closing_text(error) == expected
 
