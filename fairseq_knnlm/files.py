@@ -11,6 +11,7 @@ import math
 import os
 import zlib
 from collections.abc import Iterator, Sequence
+from typing import Optional
 
 from .errors import UserError
 
@@ -235,6 +236,25 @@ def refuse_unwritable(flag: str, path: str) -> None:
             f"{flag} {path} cannot be written: it must name a file in a directory that is there "
             "and writable"
         )
+
+
+def refuse_unwritable_outputs(outputs: dict[str, Optional[str]]) -> None:
+    """Refuse the files of a command of which one could not be written, or would replace another.
+
+    Args:
+        outputs (dict): by flag, the file that it names; None: none.
+
+    Raises:
+        UserError: naming the flags.
+    """
+    flags: dict[str, str] = {}
+    for flag, path in outputs.items():
+        if path is None:
+            continue
+        refuse_unwritable(flag, path)
+        other = flags.setdefault(os.path.realpath(path), flag)
+        if other != flag:
+            raise UserError(f"{other} and {flag} name the same file, {path}: name two")
 
 
 def refuse_unwritable_directory(flag: str, path: str) -> None:

@@ -19,6 +19,7 @@ from fairseq_knnlm.files import (
     json_bytes,
     refuse_unwritable,
     refuse_unwritable_directory,
+    refuse_unwritable_outputs,
     render,
     without_infinities,
     write_all,
@@ -163,3 +164,14 @@ def test_what_is_not_writable_is_refused(tmp_path):
     for refuse in (refuse_unwritable, refuse_unwritable_directory):
         with pytest.raises(UserError, match="cannot be written"):
             refuse("--flag", str(tmp_path / "new"))
+
+
+def test_two_outputs_of_one_name_are_refused(tmp_path):
+    (tmp_path / "link").symlink_to(tmp_path)
+    path = str(tmp_path / "out")
+    refuse_unwritable_outputs({"--html": path, "--json": None, "--text": f"{path}.txt"})
+    for same in (path, str(tmp_path / "link" / "out")):
+        with pytest.raises(UserError, match="--html and --json name the same file"):
+            refuse_unwritable_outputs({"--html": path, "--json": same})
+    with pytest.raises(UserError, match="--json .* cannot be written"):
+        refuse_unwritable_outputs({"--html": path, "--json": str(tmp_path)})

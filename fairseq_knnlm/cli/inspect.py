@@ -12,7 +12,7 @@ from ..encoding.encode import encode, refuse_not_finite
 from ..encoding.key_extractor import extractor_of
 from ..encoding.samples import only_rows, to_device
 from ..errors import UserError
-from ..files import refuse_unwritable, write_atomically, write_json
+from ..files import refuse_unwritable_outputs, write_atomically, write_json
 from ..inspection import as_html, as_text
 from ..inspection.tokens import GUESSES, Inspector, Passage, Token
 from ..plugin.results import circumstances, write_results
@@ -157,9 +157,9 @@ def _check(cfg, args) -> Optional[tuple[int, int]]:
     ):
         if value < least:
             raise UserError(f"{flag} must be >= {least}, got {value}")
-    for flag, path in (("--html", args.html), ("--json", args.json)):
-        if path is not None:
-            refuse_unwritable(flag, path)
+    refuse_unwritable_outputs(
+        {"--html": args.html, "--json": args.json, "--knn-output": cfg.task.knn_output}
+    )
     return None if args.positions is None else _parse_positions(args.positions)
 
 

@@ -9,7 +9,7 @@ import itertools
 import os
 import sys
 import traceback
-from types import ModuleType
+from types import CodeType, ModuleType
 from typing import Optional
 
 import fairseq_cli
@@ -20,7 +20,9 @@ from ..errors import UserError
 
 _USER_ERROR = f"{UserError.__module__}.{UserError.__qualname__}"
 _TRACEBACK = "Traceback (most recent call last):\n"
+# Where fairseq loads a checkpoint, and where it looks for the GPUs that are asked for.
 _LOADS = checkpoint_utils.load_model_ensemble_and_task.__code__
+_STARTS = distributed_utils.infer_init_method.__code__
 
 
 def running_names(command: str) -> Optional[dict]:
@@ -62,23 +64,34 @@ def closing_text(error: BaseException) -> Optional[str]:
 
     fairseq has no hook around the loading of a checkpoint, and no exceptions of its own for what
     can be wrong with one: a damaged file ends in one of torch, pickle or the operating system. So
-    it is the place of an exception that says so.
+    it is the place of an exception that says so; and so it is where fairseq counts the GPUs.
 
     Returns:
         str: of a ``UserError``, raised in this process or in one that it started; of an error of
         the operating system, such as a full disk or a file that must not be read; of whatever ended
-        the loading of a checkpoint. None for all other exceptions, which are to keep their
-        traceback.
+        the loading of a checkpoint, or the start of more processes. None for all other exceptions,
+        which are to keep their traceback.
     """
     if isinstance(error, UserError):
         return f"fairseq_knnlm: {error}"
-    checkpoints = _checkpoints_that_failed(error)
-    if checkpoints is not None:
-        return _checkpoint_text(checkpoints, type(error).__name__, str(error))
+    if not isinstance(error, Exception):  # it was interrupted
+        return None
+    loading, starting = _variables(error, _LOADS), _variables(error, _STARTS)
+    if loading is not None:
+        paths = os.pathsep.join(map(str, loading["filenames"]))
+        return _checkpoint_text(paths, type(error).__name__, str(error))
+    if starting is not None:
+        asked = starting["cfg"].distributed_world_size
+        return (
+            "fairseq_knnlm: fairseq starts a process for each GPU, and cannot start those of "
+            f"--distributed-world-size {asked} (without GPUs see --distributed-no-spawn): {error}"
+        )
     if isinstance(error, OSError):
         return f"fairseq_knnlm: {error}"
     if isinstance(error, ProcessRaisedException):
-        return _text_of_another_process(str(error), _path_of(error))
+        called = _variables(error, distributed_utils.call_main.__code__)
+        path = None if called is None else called["cfg"].common_eval.path
+        return _text_of_another_process(str(error), path)
     return None
 
 
@@ -110,21 +123,11 @@ def _checkpoint_text(paths: Optional[str], kind: str, reason: str) -> str:
     )
 
 
-def _path_of(error: ProcessRaisedException) -> Optional[str]:
-    """``--path`` of the command of fairseq that started the process."""
+def _variables(error: Exception, code: CodeType) -> Optional[dict]:
+    """Those of the function that an exception passed through; None where it did not."""
     for frame, _ in traceback.walk_tb(error.__traceback__):
-        if frame.f_code is distributed_utils.call_main.__code__:
-            return frame.f_locals["cfg"].common_eval.path
-    return None
-
-
-def _checkpoints_that_failed(error: BaseException) -> Optional[str]:
-    """The checkpoints that fairseq was loading when an exception was raised; None: it was not."""
-    if not isinstance(error, Exception):  # it was interrupted
-        return None
-    for frame, _ in traceback.walk_tb(error.__traceback__):
-        if frame.f_code is _LOADS:
-            return os.pathsep.join(map(str, frame.f_locals["filenames"]))
+        if frame.f_code is code:
+            return frame.f_locals
     return None
 
 

@@ -15,7 +15,7 @@ from fairseq.tasks.language_modeling import LanguageModelingConfig
 
 from ..encoding.key_extractor import KEY_TYPES
 from ..errors import UserError
-from ..files import refuse_unwritable
+from ..files import refuse_unwritable_outputs
 from ..options import (
     DEFAULT_DISTANCES,
     DEFAULT_K,
@@ -221,9 +221,8 @@ def check_settings(flags) -> None:
         faults.append("--knn-tuned needs the --knn-datastore that was tuned")
     if faults:
         raise UserError("; ".join(faults))
-    for name in ("knn_output", "knn_output_tokens"):
-        if getattr(flags, name) is not None:
-            refuse_unwritable(flag_of(name), getattr(flags, name))
+    outputs = ("knn_output", "knn_output_tokens")
+    refuse_unwritable_outputs({flag_of(name): getattr(flags, name) for name in outputs})
 
 
 def datastore_paths(flags) -> list[str]:

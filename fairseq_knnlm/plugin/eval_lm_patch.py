@@ -13,6 +13,7 @@ from typing import Callable, Optional
 import torch
 import torch.distributed as dist
 
+from ..errors import UserError
 from ..progress import shown_by
 from ..scoring.words import continued_ids, word_starts
 from .bars import bars_like, in_bars
@@ -104,12 +105,20 @@ class _CountingScorer:
 
         Args:
             results (dict): what the stock ``eval_lm`` returns in this process.
+
+        Raises:
+            UserError: if there was nothing to score, which fairseq calls a perplexity of 1.
         """
         bits = float(results["loss"]) * self.counted
         bits, counted, targets, impossible = _sum_over_processes(
             bits, self.counted, self._targets, self._scorer.impossible
         )
-        loss = bits / counted if counted else 0.0
+        if not counted:
+            raise UserError(
+                "there is no perplexity of no tokens: this share of the split is empty, see "
+                "--num-shards and --shard-id"
+            )
+        loss = bits / counted
         if impossible:
             logger.warning(
                 f"{impossible:,.0f} of {targets:,.0f} targets have probability 0, because no "

@@ -60,6 +60,8 @@ def stock_faults(flags) -> Iterator[str]:
     yield from _target_faults(flags)
     yield from _block_faults(flags.tokens_per_sample, whole.eval_lm.context_window)
     yield from shard_faults(whole)
+    if not whole.dataset.gen_subset:
+        yield "--gen-subset must name a split of the data, got ''"
     for flag, value, least in (
         ("--softmax-batch", whole.eval_lm.softmax_batch, 0),
         ("--batch-size", whole.dataset.batch_size, 1),
@@ -72,7 +74,7 @@ def stock_faults(flags) -> Iterator[str]:
 
 
 def shard_faults(whole) -> Iterator[str]:
-    """What is wrong with ``--num-shards``, ``--shard-id`` and ``--distributed-world-size``.
+    """What is wrong with the numbers of processes, and with those that say which one this is.
 
     fairseq takes the larger of these flags and of the numbers of its launcher, which hides them.
     Of no processes it starts none, and ends as if all was done.
@@ -90,11 +92,14 @@ def shard_faults(whole) -> Iterator[str]:
         yield f"--distributed-world-size must be >= 1, got {world_size}"
     if num_shards < 1:
         yield f"--num-shards must be >= 1, got {num_shards}"
-    elif not 0 <= shard_id < processes:
-        yield (
-            f"--shard-id must be in [0, {processes}), got {shard_id}: it counts from 0 to "
-            "--num-shards - 1"
-        )
+    else:
+        rank = whole.distributed_training.distributed_rank
+        for flag, number in (("--shard-id", shard_id), ("--distributed-rank", rank or 0)):
+            if not 0 <= number < processes:
+                yield (
+                    f"{flag} must be in [0, {processes}), got {number}: it counts from 0 to "
+                    "--num-shards or --distributed-world-size - 1"
+                )
 
 
 def refuse_impossible_shards(whole) -> None:

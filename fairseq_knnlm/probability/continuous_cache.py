@@ -21,8 +21,8 @@ CACHE_METRICS = ("ip", "l2")
 _MAX_ROWS, _MIN_ROWS = 256, 16
 # Elements of such a product: they stay in the processor's cache.
 _MAX_PRODUCTS = 1 << 20
-# In place of 0, since 0 * -inf is nan.
-_LEAST_THETA = 1e-30
+# In place of lower and higher ones: in float32 0 * -inf is nan, and so is inf * 0.
+_THETAS = 1e-30, 1e30
 
 
 class ContinuousCache:
@@ -57,7 +57,8 @@ class ContinuousCache:
             faults.append(f"metric must be one of {', '.join(CACHE_METRICS)}, got {metric!r}")
         if faults:
             raise UserError(f"ContinuousCache: {'; '.join(faults)}")
-        self._thetas = None if thetas is None else [max(theta, _LEAST_THETA) for theta in thetas]
+        low, high = _THETAS
+        self._thetas = thetas and [min(max(theta, low), high) for theta in thetas]
         self.metric = metric
         self._sizes = np.array(sizes, dtype=np.int64)
         self._states: Optional[torch.Tensor] = None

@@ -90,7 +90,7 @@ def test_a_checkpoint_that_fails_in_a_process_that_fairseq_started(data, checkpo
     assert status == 1
     assert "Traceback" not in output, output
     (line,) = [line for line in output.splitlines() if line.startswith("fairseq_knnlm: ")]
-    assert f"--path {damaged} cannot be loaded as a checkpoint: RuntimeError: " in line
+    assert f"--path {damaged} cannot be loaded as a checkpoint: " in line
 
 
 def test_the_text_of_a_process_of_our_command(data, checkpoints, datastores, tmp_path):

@@ -44,6 +44,9 @@ def refused(done, *parts):
         (["--tokens-per-sample", 2**70], ["--tokens-per-sample must be in [1, ", f"got {2**70}"]),
         (["--num-shards", 2, "--shard-id", 2], ["--shard-id must be in [0, 2), got 2"]),
         (["--shard-id", -1], ["--shard-id must be in [0, 1), got -1"]),
+        (["--num-shards", 10**6, "--shard-id", 5], ["no perplexity of no tokens", "--shard-id"]),
+        (["--distributed-rank", 3], ["--distributed-rank must be in [0, 1), got 3"]),
+        (["--distributed-world-size", 99], ["--distributed-world-size 99", "available devices"]),
         (["--num-shards", 0], ["--num-shards must be >= 1, got 0"]),
         (["--num-shards", -2], ["--num-shards must be >= 1, got -2"]),
         (["--softmax-batch", -5], ["--softmax-batch must be >= 0, got -5"]),
@@ -51,6 +54,10 @@ def refused(done, *parts):
         (["--max-tokens", 0], ["--max-tokens must be >= 1, got 0"]),
         (["--self-target"], ["--self-target", "next-token targets"]),
         (["--gen-subset", "nonesuch"], ["no split 'nonesuch'"]),
+        (["--gen-subset", ""], ["--gen-subset must name a split", "''"]),
+        (["--use-plasma-view"], ["--use-plasma-view needs pyarrow.plasma"]),
+        (["--add-bos-token"], ["learned 32 positions", "--tokens-per-sample 31"]),
+        (["--knn-output", "o", "--knn-output-tokens", "./o"], ["--knn-output", "the same file"]),
         (["--model-overrides", "{"], ["--model-overrides must be a Python dictionary"]),
         (["--model-overrides", "[1]"], ["--model-overrides must be a Python dictionary", "[1]"]),
         (["--knn-cache-size", 10**20], ["--knn-cache-size", 10**20]),
@@ -139,6 +146,19 @@ def test_shares_of_our_commands(data, checkpoints, datastores, tmp_path, flags, 
         with pytest.raises(UserError) as error:
             call(main, *flags, *more)
         assert part in str(error.value)
+
+
+def test_processes_that_fairseq_cannot_start(data, checkpoints, tmp_path):
+    with pytest.raises(SystemExit, match="--distributed-world-size 99 .*99 but have"):
+        build(data, checkpoints["plain"], tmp_path / "d", "--distributed-world-size", 99)
+
+
+def test_an_evaluation_of_ours_without_a_process(data, checkpoints):
+    done = knnlm(
+        "fairseq-knnlm-eval", data, "--path", checkpoints["plain"], "--cpu",
+        "--distributed-world-size", 0, check=False,
+    )  # fmt: skip
+    assert refused(done, "--distributed-world-size must be >= 1, got 0")
 
 
 @pytest.fixture(scope="module")

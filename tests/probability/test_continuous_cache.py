@@ -63,6 +63,15 @@ def in_pieces(cache, states, targets, bounds, resets=()):
 
 
 @pytest.mark.parametrize("metric", ["ip", "l2"])
+def test_the_largest_theta_leaves_what_is_nearest(metric):
+    """Beyond what float32 holds as well: all of p_cache is where most is in common."""
+    states, targets = make_text(60)
+    ((nearest,), (beyond,)) = ContinuousCache([20], [1e9, 1e300], metric).log_probs(states, targets)
+    np.testing.assert_array_equal(beyond.exp(), nearest.exp())
+    assert beyond[1:].exp().unique().tolist() == [0.0, 1.0]
+
+
+@pytest.mark.parametrize("metric", ["ip", "l2"])
 @pytest.mark.parametrize("resets", [(), (0, 5, 6, 150)], ids=["one-text", "documents"])
 @pytest.mark.parametrize("bounds", [[0, 0, 1, 150, 151, 350], [0, 40, 350]], ids=len)
 @pytest.mark.parametrize("products", [1 << 20, 1700], ids=["large blocks", "small blocks"])
