@@ -169,14 +169,19 @@ def tried_thetas(points):
     return sorted({point.cache_theta for point in points})
 
 
-@pytest.mark.parametrize("metric, middle", [("ip", 1 / 4), ("l2", 1 / 8)])
-def test_thetas_are_powers_of_two_about_the_variance_and_closer_around_the_best(metric, middle):
+@pytest.mark.parametrize(
+    "metric, variance, middle", [("ip", 4.0, 1 / 4), ("l2", 4.0, 1 / 8), ("l2", 0.25, 2.0)]
+)
+def test_thetas_are_powers_of_two_about_the_variance_and_closer_around_the_best(
+    metric, variance, middle
+):
     rng = torch.Generator().manual_seed(4)
     targets = torch.randint(4, (3000,), generator=rng)
-    # two dimensions of variance 2, far from the origin
+    # two dimensions, each with half of the variance, far from the origin
     states = torch.randn(3000, 2, generator=rng)
     states += torch.tensor([[1.0, 1.0], [-1.0, 1.0], [1.0, -1.0], [-1.0, -1.0]])[targets] * 2
-    states = 2.0**0.5 * (states - states.mean(dim=0)) / states.std(dim=0, correction=0)
+    states = (states - states.mean(dim=0)) / states.std(dim=0, correction=0)
+    states *= (variance / 2) ** 0.5
     data = TuningData(torch.full((3000,), -4.0), None, None, targets, None, None, states)
     sweep = CacheSweep(data, metric, keep_apart=False)
     sweep.run([100])

@@ -101,6 +101,11 @@ def test_lambda_is_0_where_neighbours_only_hurt(scores):
     assert best_lambda(torch.tensor([-1.0, -2.0]), torch.tensor(scores)) == 0.0
 
 
+def test_a_lambda_is_a_number():
+    data = make_data(seed=1)
+    assert type(best_lambda(data.log_p_lm, log_p_knn(data, [12], 1.0)[0])) is float
+
+
 def test_lambda_is_1_where_neighbours_only_help():
     result = best_lambda(torch.tensor([-4.0, -400.0]), torch.tensor([-1.0, -2.0]))
     assert 1 - 1e-9 < result <= 1.0
@@ -248,8 +253,19 @@ def test_temperatures_do_not_go_on_where_hardly_anything_is_gained():
     data = make_scaled(1.0)
     every = data._replace(matches=torch.arange(data.matches.numel()).view(-1, 12) % 5 == 0)
     tried = tried_temperatures(sweep(every, [12]))
-    assert tried[0] == 16 * 2.0**-10 and tried[-1] > 16 * 2.0**6
+    assert tried[0] == 16 * 2.0**-10 and 16 * 2.0**7 in tried
     assert len(tried) < 17 + 16 + 4
+
+
+def test_the_temperatures_are_about_the_spread_of_the_distances():
+    """The median of the farthest beyond the nearest, where there is any; a power of two near it."""
+    spreads = torch.tensor([2.0, 3.0, 60.0, 65.0, 70.0] + 10 * [0.0])
+    distances = 100 + spreads[:, None] * torch.tensor([0.0, 0.9, 1.0])
+    distances = torch.cat([distances, torch.full((3, 3), INF)])
+    matches = torch.arange(distances.numel()).view(-1, 3) % 4 == 0
+    points = sweep(TuningData(torch.full((18,), -3.0), distances, matches), [3])
+    tried = list(dict.fromkeys(point.temperature for point in points))
+    assert tried[:17] == [64 * 2.0**exponent for exponent in range(-10, 7)]
 
 
 def test_missing_neighbours_do_not_change_the_temperatures():
@@ -274,6 +290,15 @@ def test_a_best_temperature_at_an_end_is_told():
     data = make_data(seed=9)
     assert temperature_at_an_end(sweep(data, [12], [1e-3, 2e-3]))
     assert not temperature_at_an_end(sweep(data, [12], [1.0]))
+
+
+@pytest.mark.parametrize("best_place, is_at_an_end", [(0, True), (1, False), (2, True)])
+def test_both_ends_of_the_temperatures_are_told(best_place, is_at_an_end):
+    points = [
+        KNNGridPoint(8, temperature, 0.5, 7.0 - (place == best_place))
+        for place, temperature in enumerate((1.0, 2.0, 4.0))
+    ]
+    assert temperature_at_an_end(points) == is_at_an_end
 
 
 def point(k, perplexity):
