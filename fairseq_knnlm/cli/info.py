@@ -5,7 +5,7 @@ import sys
 from collections.abc import Iterator
 
 from ..datastore.datastore import Datastore
-from ..datastore.manifest import INDEX
+from ..datastore.manifest import INDEX, refuse_part
 from ..datastore.tuned import in_words, read_tuned
 from ..errors import UserError
 from ..files import refuse_unwritable
@@ -58,6 +58,7 @@ def run(args):
     """
     if args.knn_output is not None:
         refuse_unwritable("--knn-output", args.knn_output)
+        refuse_part("--knn-output", args.knn_output)
     datastore = Datastore.open(args.datastore)
     print("\n".join(describe(datastore)))
     faults = []

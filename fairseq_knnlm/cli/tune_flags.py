@@ -1,6 +1,7 @@
 """The flags of ``fairseq-knnlm-tune``, the grids that they ask for, and what is refused."""
 
 import math
+import os
 from typing import Callable, Optional
 
 from ..errors import UserError
@@ -122,6 +123,13 @@ def refuse_flags(cfg, args) -> None:
         )
     if args.report is not None:
         refuse_impossible(args.report)
+    output = cfg.task.knn_output
+    if None not in (output, args.knn_neighbors) and _is_one_file(output, args.knn_neighbors):
+        raise UserError(f"--knn-output and --knn-neighbors name the same file, {output}: name two")
+
+
+def _is_one_file(path: str, other: str) -> bool:
+    return os.path.realpath(path) == os.path.realpath(other)
 
 
 def refuse_same_text(args, tuned_split: str, reported_split: str) -> None:

@@ -20,7 +20,7 @@ from typing import Callable, NamedTuple, Optional
 
 from ..errors import UserError
 from ..files import write_all, write_atomically
-from .manifest import INDEX, KEYS, MANIFEST, POSITIONS, SETTINGS, TUNED, VALUES
+from .manifest import INDEX, KEYS, MANIFEST, PARTS, POSITIONS, SETTINGS, VALUES
 from .reading_lock import kept_from_readers
 
 LOCK = "building.lock"
@@ -259,7 +259,7 @@ def remove_build(path: str, shard: str) -> None:
             with lock_shard(path, other):
                 pass  # nobody works on it
     with kept_from_readers(path):
-        for name in (MANIFEST, SETTINGS, TUNED, KEYS, VALUES, POSITIONS, INDEX):
+        for name in PARTS:
             with contextlib.suppress(FileNotFoundError):
                 os.remove(os.path.join(path, name))
     shutil.rmtree(os.path.join(path, INDEX_WORK), ignore_errors=True)

@@ -47,6 +47,8 @@ from .layout import (
 from .schema import FORMAT_VERSION, refuse_faulty
 
 SETTINGS, TUNED = "building.json", "tuned.json"
+# All that a finished datastore has, or may have. Without the first there is none.
+PARTS = MANIFEST, SETTINGS, TUNED, KEYS, VALUES, POSITIONS, INDEX
 
 # The names of files and their layout are of this module too, for those who read or write them.
 __all__ = [
@@ -54,6 +56,7 @@ __all__ = [
     "INDEX",
     "KEYS",
     "MANIFEST",
+    "PARTS",
     "POSITIONS",
     "SETTINGS",
     "TUNED",
@@ -69,6 +72,7 @@ __all__ = [
     "parse_manifest",
     "read_manifest",
     "reading",
+    "refuse_part",
 ]
 
 
@@ -238,4 +242,22 @@ def _check_size(path: str, expected: int) -> None:
         raise UserError(
             f"{path} has {size_bytes} bytes where its manifest says {expected}: "
             "truncated or overwritten; build the datastore again"
+        )
+
+
+def refuse_part(flag: str, path: str) -> None:
+    """Refuse a file to write that is one of a datastore, such as the ``tuned.json`` in it.
+
+    Args:
+        flag (str): that names the file.
+        path (str): of the file.
+
+    Raises:
+        UserError: naming both.
+    """
+    folder, name = os.path.split(os.path.abspath(path))
+    if name in PARTS and os.path.exists(os.path.join(folder, MANIFEST)):
+        raise UserError(
+            f"{flag} {path} would replace a file of the datastore {folder}: write it elsewhere, or "
+            "by another name"
         )

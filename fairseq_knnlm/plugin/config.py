@@ -13,6 +13,7 @@ from typing import Optional
 from fairseq.dataclass import ChoiceEnum
 from fairseq.tasks.language_modeling import LanguageModelingConfig
 
+from ..datastore.manifest import refuse_part
 from ..encoding.key_extractor import KEY_TYPES
 from ..errors import UserError
 from ..files import refuse_unwritable_outputs
@@ -221,8 +222,12 @@ def check_settings(flags) -> None:
         faults.append("--knn-tuned needs the --knn-datastore that was tuned")
     if faults:
         raise UserError("; ".join(faults))
-    outputs = ("knn_output", "knn_output_tokens")
-    refuse_unwritable_outputs({flag_of(name): getattr(flags, name) for name in outputs})
+    names = ("knn_output", "knn_output_tokens")
+    outputs = {flag_of(name): getattr(flags, name) for name in names}
+    refuse_unwritable_outputs(outputs)
+    for flag, path in outputs.items():
+        if path is not None:
+            refuse_part(flag, path)
 
 
 def datastore_paths(flags) -> list[str]:

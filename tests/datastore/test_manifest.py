@@ -8,7 +8,16 @@ import pytest
 from helpers.writing import COUNT, DIMENSION, SIZES
 
 from fairseq_knnlm.datastore import Datastore, read_manifest
-from fairseq_knnlm.datastore.manifest import INDEX, KEYS, MANIFEST, VALUES, npy_bytes, npy_header
+from fairseq_knnlm.datastore.manifest import (
+    INDEX,
+    KEYS,
+    MANIFEST,
+    PARTS,
+    VALUES,
+    npy_bytes,
+    npy_header,
+    refuse_part,
+)
 from fairseq_knnlm.errors import UserError
 
 
@@ -92,3 +101,14 @@ def test_the_size_of_an_array_is_known_before_it_is_written(tmp_path, shape, dty
     written = (tmp_path / "a.npy").read_bytes()
     assert npy_bytes(shape, np.dtype(dtype)) == len(written)
     assert written.startswith(npy_header(shape, np.dtype(dtype)))
+
+
+def test_no_output_replaces_a_file_of_a_datastore(copy, tmp_path, monkeypatch):
+    for name in PARTS:
+        refuse_part("--knn-output", str(tmp_path / name))  # no datastore there
+        with pytest.raises(UserError, match=f"--knn-output .*{name} would replace a file of the d"):
+            refuse_part("--knn-output", str(copy / name))
+    refuse_part("--knn-output", str(copy / "results.json"))
+    monkeypatch.chdir(copy)
+    with pytest.raises(UserError, match=f"tuned.json would replace .* {copy}: write it elsewhere"):
+        refuse_part("--knn-output", "tuned.json")
