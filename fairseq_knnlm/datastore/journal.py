@@ -19,7 +19,7 @@ import shutil
 from typing import Callable, NamedTuple, Optional
 
 from ..errors import UserError
-from ..files import write_all, write_atomically
+from ..files import parse_json, write_all, write_atomically
 from .manifest import INDEX, KEYS, MANIFEST, PARTS, POSITIONS, SETTINGS, VALUES
 from .reading_lock import kept_from_readers
 
@@ -91,8 +91,7 @@ def begin(path: str, settings: dict, plan: dict) -> None:
         refuse_foreign(path)
         _save_settings(path, now)
         return
-    with open(os.path.join(path, SETTINGS), "rb") as file:
-        before = json.load(file)
+    before = _load_settings(path)
     if before["plan"] == plan and plan["num_shards"] == 1 and "index" in settings:
         changed = before["settings"].get("index") != settings["index"]
         before["settings"]["index"] = settings["index"]
@@ -109,6 +108,20 @@ def begin(path: str, settings: dict, plan: dict) -> None:
 
 def _save_settings(path: str, value: dict) -> None:
     write_atomically(os.path.join(path, SETTINGS), json.dumps(value, indent=1).encode())
+
+
+def _load_settings(path: str) -> dict:
+    file = os.path.join(path, SETTINGS)
+    try:
+        value = parse_json(_read_if_there(file))
+        if not all(isinstance(value.get(part), dict) for part in ("settings", "plan")):
+            raise ValueError("it lacks settings or plan")
+    except ValueError as error:
+        raise UserError(
+            f"{file} is damaged ({error}), so that the build that it is of cannot go on: pass "
+            "--overwrite to build the datastore anew"
+        ) from None
+    return value
 
 
 def _differences(before: dict, now: dict) -> list[str]:
@@ -143,7 +156,7 @@ def journal_line(entry: Entry) -> bytes:
 
 def parse_journal(data: bytes) -> list[Entry]:
     """The whole lines of a journal; a line that a kill cut short does not count."""
-    lines = re.findall(rb"^(\d+) ([0-9a-f]{8}) ([0-9a-f]{8})\n", data, flags=re.MULTILINE)
+    lines = re.findall(rb"^(\d{1,18}) ([0-9a-f]{8}) ([0-9a-f]{8})\n", data, flags=re.MULTILINE)
     return [Entry(int(chunk), *(s.decode() for s in checksums)) for chunk, *checksums in lines]
 
 
@@ -290,13 +303,13 @@ def refuse_foreign(path: str) -> None:
     Raises:
         UserError: naming them.
     """
-    names = (MANIFEST, KEYS, VALUES, POSITIONS, INDEX)
-    folders = [name for name in names if os.path.isdir(os.path.join(path, name))]
+    folders = [name for name in PARTS if os.path.isdir(os.path.join(path, name))]
     if folders:
         raise UserError(
             f"{path} has a directory where {', '.join(folders)} would be written: not made by this "
             "tool; use another --knn-datastore"
         )
+    names = (MANIFEST, KEYS, VALUES, POSITIONS, INDEX)
     present = [name for name in names if os.path.exists(os.path.join(path, name))]
     if not present or is_unfinished(path):
         return

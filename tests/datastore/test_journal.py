@@ -24,7 +24,15 @@ from helpers.writing import (
 from fairseq_knnlm import files
 from fairseq_knnlm.datastore import Datastore, arrays, journal
 from fairseq_knnlm.datastore.journal import LOCK, lock, refuse_finished
-from fairseq_knnlm.datastore.manifest import INDEX, KEYS, MANIFEST, POSITIONS, TUNED, VALUES
+from fairseq_knnlm.datastore.manifest import (
+    INDEX,
+    KEYS,
+    MANIFEST,
+    POSITIONS,
+    SETTINGS,
+    TUNED,
+    VALUES,
+)
 from fairseq_knnlm.errors import UserError
 
 # -- going on --------------------------------------------------------------------------------------
@@ -47,7 +55,15 @@ def test_a_torn_journal_line_does_not_count(finished, tmp_path, left):
 
 
 @pytest.mark.parametrize(
-    "garbage", [b"\x00" * 30, b"7 deadbeef\n", b"99 00000000 00000000\n", b"\xff\n"]
+    "garbage",
+    [
+        b"\x00" * 30,
+        b"7 deadbeef\n",
+        b"99 00000000 00000000\n",
+        b"9" * 5000 + b" 00000000 00000000\n",  # more digits than Python reads
+        b"\xff\n",
+    ],
+    ids=len,
 )
 def test_garbage_in_the_journal_does_not_count(finished, tmp_path, garbage):
     begin(tmp_path / "d", [0, 1])
@@ -285,6 +301,32 @@ def test_other_settings_than_it_was_begun_with_are_refused(tmp_path, changed, si
     assert (tmp_path / "d" / "index.building").exists()
 
 
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"{",
+        b"[]",
+        b"{}",
+        b'{"settings": {}}',
+        b'{"settings": {}, "plan": 3}',
+        b"\xff\xfe",
+        b"NaN",
+    ],
+    ids=str,
+)
+def test_what_it_was_begun_with_is_damaged(finished, tmp_path, content):
+    begin(tmp_path / "d", [0, 1])
+    (tmp_path / "d" / SETTINGS).write_bytes(content)
+    before = contents(tmp_path / "d")
+    with pytest.raises(UserError, match=f"{SETTINGS} is damaged .*--overwrite"):
+        with open_writer(tmp_path / "d"):
+            pass
+    assert {name: (tmp_path / "d" / name).read_bytes() for name in before} == before
+    resume_and_finish(tmp_path / "d", [], overwrite=True)
+    assert contents(tmp_path / "d") == contents(finished)
+
+
 def test_other_text_than_it_was_begun_with_is_refused(tmp_path):
     begin(tmp_path / "d", [0, 1])
     longer, cut_elsewhere = [*SIZES[:-1], SIZES[-1] + 1], [SIZES[0] + 1, *SIZES[2:]]
@@ -465,9 +507,10 @@ def test_traces_that_cannot_be_removed_do_not_hide_what_is_wrong(copy):
         refuse_finished(str(copy))
 
 
-@pytest.mark.parametrize("name", [KEYS, INDEX])
+@pytest.mark.parametrize("name", [KEYS, INDEX, TUNED])
 def test_a_directory_in_the_way_is_refused_before_anything_is_removed(copy, name):
-    os.remove(copy / name)
+    with contextlib.suppress(FileNotFoundError):
+        os.remove(copy / name)
     (copy / name).mkdir()
     before = contents(copy)
     with pytest.raises(UserError, match=f"a directory where {name}"):
