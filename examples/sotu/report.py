@@ -49,7 +49,9 @@ def collect(tuned, evaluated, seconds):
     """All figures of the demonstration in one dictionary."""
     valid, test = tuned["tuned_on"], tuned["reported_on"]
     for name, (tokens, perplexity) in evaluated.items():
-        expected = round(test[f"{name}_perplexity"], 2)
+        # The stock command gives the perplexity of tokens in either case.
+        expected = of_tokens(test, name) if name == "base" else test[f"{name}_perplexity"]
+        expected = round(expected, 2)
         # the log has two decimals
         if tokens != test["tokens"] or abs(perplexity - expected) > 0.011:
             raise ValueError(
@@ -65,6 +67,11 @@ def collect(tuned, evaluated, seconds):
     }
 
 
+def of_tokens(measured, name):
+    """Perplexity of the tokens of a text, where that of its words was measured."""
+    return measured[f"{name}_perplexity"] ** (measured["counted"] / measured["tokens"])
+
+
 def table(results):
     """The lines of the table that the demonstration ends with."""
     valid, test = results["valid"], results["test"]
@@ -73,6 +80,8 @@ def table(results):
         perplexities = "".join(f"{split[f'{name}_perplexity']:>9.2f}" for split in (valid, test))
         yield f"  {words:<34}{perplexities}{with_interval(change_of(test, name))}"
     yield f"  {'the cache, besides neighbours':<52}" + with_interval(test[BESIDES])
+    if test["counted"] != test["tokens"]:
+        yield from lines_of_pieces(valid, test)
     yield f"{'tokens':<36}{valid['tokens']:>9,}{test['tokens']:>9,}"
     knn, both = results["knn"], results["knn_cache"]
     yield (
@@ -103,6 +112,19 @@ def with_interval(change):
     bounds = bounds_of(change)
     words = "none" if bounds is None else "{:.1%} to {:.1%}".format(*bounds)
     return f"{change['value']:>9.1%}  {words}"
+
+
+def lines_of_pieces(valid, test):
+    """What the table says besides where its perplexities are of words that are several tokens."""
+    yield "the same of tokens, pieces of words"
+    for name, _, words in METHODS:
+        yield f"  {words:<34}" + "".join(f"{of_tokens(each, name):>9.2f}" for each in (valid, test))
+    if None not in (valid["bytes"], test["bytes"]):
+        yield "bits per byte of the text"
+        for name, _, words in METHODS:
+            bits = "".join(f"{each[f'{name}_bits_per_byte']:>9.3f}" for each in (valid, test))
+            yield f"  {words:<34}{bits}"
+    yield f"{'words':<36}{valid['counted']:>9,}{test['counted']:>9,}"
 
 
 def units_in_words(change):

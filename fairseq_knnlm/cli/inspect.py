@@ -6,6 +6,7 @@ import sys
 from collections.abc import Iterator
 from typing import Optional
 
+import torch
 from fairseq.tokenizer import tokenize_line
 
 from ..encoding.encode import encode, refuse_not_finite
@@ -16,7 +17,9 @@ from ..files import refuse_unwritable_outputs, write_atomically, write_json
 from ..inspection import as_html, as_text
 from ..inspection.tokens import GUESSES, Inspector, Passage, Token
 from ..plugin.results import circumstances, write_results
+from ..scoring.cache_reader import make_cache_reader
 from ..scoring.settings import Settings
+from ..scoring.words import Words, refuse_other_forms
 from .command_line import (
     Outputs,
     context_settings,
@@ -33,9 +36,10 @@ def make_parser():
     """The parser of this command."""
     parser = make_eval_parser(
         "Print for each token of a passage (--input, or --positions of --gen-subset) its "
-        "probability by the language model, by the neighbours and by both, and its nearest "
-        "neighbours with the text around them. Their documents are what empty lines separate. "
-        "Written to files (--html, --json), only a summary of it is printed.",
+        "probability by the language model, by the neighbours, by a continuous cache where there "
+        "is one and by all of them, and its nearest neighbours with the text around them. Their "
+        "documents are what empty lines separate. Written to files (--html, --json), only a "
+        "summary of it is printed.",
         gen_subset="valid",
     )
     parser.add_argument(
@@ -93,9 +97,8 @@ def run(cfg, args):
     span = _check(cfg, args)
     lines = read_lines(args.passage) if args.passage else None
     task, model, _ = load_task_and_model(cfg)
-    in_effect = task.settings_without_cache("fairseq-knnlm-inspect")
-    task.log_settings(in_effect)
-    settings = in_effect.settings
+    task.log_settings(task.in_effect)
+    settings = task.settings
     if lines is None:
         dataset = load_split(task, cfg.dataset.gen_subset)
         _refuse_beyond(span, int(dataset.sizes.sum()), cfg.dataset.gen_subset)
@@ -106,8 +109,9 @@ def run(cfg, args):
         with loaded_text(task, lines, source, _word_splitter(cfg, task)) as (dataset, words):
             tokens = _look(cfg, args, task, model, settings, dataset, (0, len(words)), words)
     passage = Passage(
-        source, _described(cfg, task, settings), tokens, len(task.retriever.datastores)
-    )
+        source, _described(cfg, task, settings), tokens, len(task.retriever.datastores),
+        with_cache=settings.cache_size > 0, words=_words(cfg, task, tokens),
+    )  # fmt: skip
     outputs = Outputs()
     with outputs.writing("to standard output"):
         _print(_lines(passage, [path for path in (args.html, args.json) if path]))
@@ -119,7 +123,7 @@ def run(cfg, args):
             write_json(args.json, passage.to_dict())
     if cfg.task.knn_output is not None:
         split = None if args.passage else cfg.dataset.gen_subset
-        found_with = circumstances(task, in_effect, context_settings(cfg), split)
+        found_with = circumstances(task, task.in_effect, context_settings(cfg), split)
         with outputs.writing(f"--knn-output {cfg.task.knn_output}"):
             write_results(cfg.task.knn_output, {**_results(passage), **found_with})
     outputs.refuse_unwritten()
@@ -138,10 +142,7 @@ def _check(cfg, args) -> Optional[tuple[int, int]]:
         raise UserError("fairseq-knnlm-inspect runs in one process")
     require_datastore(cfg)
     if cfg.common_eval.post_process is not None:
-        raise UserError(
-            "fairseq-knnlm-inspect shows tokens, and perplexity is of them: drop --remove-bpe "
-            "(--post-process)"
-        )
+        refuse_other_forms(cfg.common_eval.post_process)
     if (args.passage is None) == (args.positions is None):
         raise UserError(
             "which text? Expected either --input FILE or --positions START:STOP (of "
@@ -199,7 +200,7 @@ def _look(
     cfg, args, task, model, settings: Settings, dataset, span, words: Optional[list] = None
 ) -> list[Token]:
     """What is known of the target tokens of a span; *words*: all of the split, as written."""
-    retriever = task.retriever
+    retriever, cache = task.retriever, make_cache_reader(settings, task.target_dictionary.eos())
     inspector = Inspector(
         retriever.datastores,
         task.target_dictionary,
@@ -207,39 +208,63 @@ def _look(
         settings.temperature,
         args.knn_show_neighbors,
         args.window,
+        settings.cache_lambda,
     )
     tokens = []
     with extractor_of(model, retriever.key) as extractor:
-        for first, sample in _samples(cfg, task, model, dataset, *span):
+        for first, sample in _samples(cfg, task, model, dataset, *span, settings.cache_size):
+            if sample["history"]:
+                cache.log_probs(encode(model, sample, extractor, log_probs=False).keys, sample)
+                continue
             encoded = encode(
                 model, sample, extractor, softmax_batch=cfg.eval_lm.softmax_batch, top=GUESSES
             )
             refuse_not_finite(encoded)
             neighbors = retriever.search(encoded.keys)
+            log_p_cache = cache_top = None
+            if cache is not None:
+                log_p_cache, *cache_top = cache.log_probs_and_top(encoded.keys, sample, GUESSES)
             written = words[first : first + sample["ntokens"]] if words else None
             tokens += inspector.tokens(
                 first, sample["target"], encoded.log_p_lm, neighbors, written,
-                lm_top=(encoded.top_log_p_lm, encoded.top_ids),
+                (encoded.top_log_p_lm, encoded.top_ids), log_p_cache, cache_top,
             )  # fmt: skip
     return tokens
 
 
-def _samples(cfg, task, model, dataset, start: int, stop: int) -> Iterator[tuple[int, dict]]:
-    """The target tokens from *start* to *stop*, with the position of the first of each sample."""
-    blocks = BlockRange(dataset, start, stop, cfg.eval_lm.context_window)
+def _samples(
+    cfg, task, model, dataset, start: int, stop: int, history: int
+) -> Iterator[tuple[int, dict]]:
+    """The target tokens from *start* to *stop*, with the position of the first of each sample.
+
+    So many tokens before them as *history* says come first, in samples that are marked as such.
+    """
+    reached = max(0, start - history)
+    blocks = BlockRange(dataset, reached, stop, cfg.eval_lm.context_window)
     samples = evaluation_samples(cfg, task, model, blocks)
     device = next(model.parameters()).device
     after = blocks.first
     for sample in with_progress(cfg, samples, prefix="inspect"):
         before, after = after, after + sample["ntokens"]
-        first, last = max(start, before), min(stop, after)
-        if first < last:
-            wanted = only_rows(sample, first - before, last - before)
-            yield first, to_device(wanted, device)
+        for low, high, is_history in ((reached, start, True), (start, stop, False)):
+            first, last = max(low, before), min(high, after)
+            if first < last:
+                wanted = {**only_rows(sample, first - before, last - before), "history": is_history}
+                yield first, to_device(wanted, device)
+
+
+def _words(cfg, task, tokens: list[Token]) -> Optional[int]:
+    """How many words of ``--remove-bpe`` the tokens are; None without it."""
+    form, dictionary = cfg.common_eval.post_process, task.target_dictionary
+    if form is None:
+        return None
+    ids = [dictionary.unk() if token.unknown else dictionary.index(token.text) for token in tokens]
+    return len(Words(dictionary, form).starts(torch.tensor(ids), [len(ids)]))
 
 
 def _described(cfg, task, settings: Settings) -> dict:
     """What the neighbours were found and mixed with, by the names that are shown."""
+    names = [name for name in task.in_effect.names() if name.startswith("cache_")]
     return {
         "checkpoint": cfg.common_eval.path,
         "datastore": cfg.task.knn_datastore,
@@ -247,6 +272,7 @@ def _described(cfg, task, settings: Settings) -> dict:
         "lambda": settings.knn_lambda,
         "temperature": settings.temperature,
         "metric": task.retriever.metric,
+        **{name.replace("_", " "): task.in_effect.value_in_words(name) for name in names},
     }
 
 
@@ -257,6 +283,7 @@ def _results(passage: Passage) -> dict:
         "program": "fairseq-knnlm-inspect",
         "source": passage.source,
         "tokens": len(passage.tokens),
+        "counted": passage.counted,
         "perplexity": perplexities["mixture"],
         "base_perplexity": perplexities["lm"],
         "passage": passage.to_dict(),

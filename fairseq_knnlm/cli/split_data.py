@@ -12,7 +12,8 @@ from ..datastore.fingerprint import file_fingerprint
 from ..encoding.key_extractor import extractor_of
 from ..errors import UserError
 from ..files import refuse_unwritable
-from ..scoring.words import continued_ids, word_starts
+from ..scoring.text_bytes import TextBytes
+from ..scoring.words import Words
 from ..tuning.collect import collect
 from ..tuning.tuning_data import TuningData, load, refuse_other, save
 from .command_line import Outputs, context_settings, with_progress
@@ -57,9 +58,9 @@ class SplitData:
         self.tokens = int(np.sum(self._dataset.sizes))
         self._refuse_unknown_words()
         post_process = cfg.common_eval.post_process
-        self._continued = None
+        self._words = None
         if post_process is not None:
-            self._continued = continued_ids(self._task.source_dictionary, post_process)
+            self._words = Words(self._task.source_dictionary, post_process)
         self.settings = self._settings()
         self._is_kept = path is not None and os.path.exists(path)
         if self._is_kept:
@@ -71,9 +72,17 @@ class SplitData:
 
     def word_starts(self, data: TuningData) -> Optional[np.ndarray]:
         """Rows at which the words of ``--remove-bpe`` begin; None where tokens count."""
-        if self._continued is None:
+        if self._words is None:
             return None
-        return word_starts(data.targets, self._dataset.sizes, self._continued)
+        return self._words.starts(data.targets, self._dataset.sizes)
+
+    def text_bytes(self, data: TuningData) -> Optional[int]:
+        """Bytes of the text; None without ``--remove-bpe``, or where it has unknown words."""
+        if self._words is None:
+            return None
+        text = TextBytes(self._task.source_dictionary, self._cfg.common_eval.post_process)
+        text.add(data.targets)
+        return text.total
 
     def _refuse_unknown_words(self) -> None:
         dictionary = self._task.target_dictionary

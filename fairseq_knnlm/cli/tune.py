@@ -61,7 +61,7 @@ def run(cfg, args, typed) -> None:
         chosen = chosen.tune_cache(data, **cache, tokens_per_unit=per_unit)
     sizes = tune_sizes(data, chosen.knn.temperature) if args.report else []
     summary = {
-        "tuned_on": measure(tuned_on.split, data, chosen, starts),
+        "tuned_on": measure(tuned_on.split, data, chosen, starts, tuned_on.text_bytes(data)),
         **{name: point._asdict() for name, point in chosen.points().items()},
     }
     if reported_on is tuned_on:
@@ -71,7 +71,9 @@ def run(cfg, args, typed) -> None:
         del data  # two splits need not fit in memory
         data = reported_on.obtain(outputs)
         starts = reported_on.word_starts(data)
-        summary["reported_on"] = measure(reported_on.split, data, chosen, starts)
+        summary["reported_on"] = measure(
+            reported_on.split, data, chosen, starts, reported_on.text_bytes(data)
+        )
     summary["command"] = command(typed, (reported_on or tuned_on).split, chosen)
     if task.retriever and not args.no_store:
         with outputs.writing(f"what was tuned into {task.retriever.datastores[0].path}"):
@@ -84,7 +86,7 @@ def run(cfg, args, typed) -> None:
         with outputs.writing(f"--report {args.report}"):
             page = report.write(
                 args.report, {**summary, **describe_run(cfg, model)}, points, chosen.cache_grid,
-                data, sizes, task.retriever, task.target_dictionary,
+                data, sizes, task.retriever, task.target_dictionary, starts,
             )  # fmt: skip
             logger.info(f"report written to {page}")
     logger.info(f"evaluate with: {summary['command']}")
@@ -116,10 +118,12 @@ def _results(cfg, task, chosen: Chosen, summary: dict, points: list[KNNGridPoint
     measured = summary.get("reported_on", summary["tuned_on"])
     *_, method = (name for name in METHODS if f"{name}_perplexity" in measured)
     in_effect = task.in_effect.with_tuned(chosen.final())
+    names = ("split", "tokens", "counted", "bytes", "base_perplexity", "base_bits_per_byte")
     return {
         "program": "fairseq-knnlm-tune",
-        **{name: measured[name] for name in ("split", "tokens", "counted", "base_perplexity")},
+        **{name: measured.get(name) for name in names},
         "perplexity": measured[f"{method}_perplexity"],
+        "bits_per_byte": measured.get(f"{method}_bits_per_byte"),
         **circumstances(task, in_effect, context_settings(cfg), measured["split"]),
         **summary,
         "grid": [point._asdict() for point in points],

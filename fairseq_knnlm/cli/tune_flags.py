@@ -117,10 +117,6 @@ def refuse_flags(cfg, args) -> None:
         )
     if args.report is not None and not datastore_paths(cfg.task):
         raise UserError("--report is about neighbours: --knn-datastore is missing")
-    if args.report is not None and cfg.common_eval.post_process is not None:
-        raise UserError(
-            "the figures of --report are of tokens, not of the words of --remove-bpe: drop one"
-        )
     if args.report is not None:
         refuse_impossible(args.report)
     output = cfg.task.knn_output

@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterator, Sequence
 
 from ..html_page import factor, probability, render_page
-from .tokens import Memory, Passage, Token, place_in_words
+from .tokens import Memory, Passage, Token, place_in_words, size_in_words
 
 # A token's shade depends on p_mixture / p_lm: these are the bounds between shades.
 _RATIOS = (0.5, 0.8, 0.95, 1.05, 1.25, 2.0)
@@ -30,6 +30,7 @@ def render(passage: Passage) -> str:
     return render_page(
         "inspection/templates/passage.html.j2",
         passage=passage,
+        size=size_in_words(passage),
         perplexities=passage.perplexities(),
         legend=_legend(),
         extremes={"Helped most": helped, "Hurt most": hurt},

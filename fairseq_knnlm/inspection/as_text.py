@@ -5,7 +5,7 @@ import textwrap
 from collections.abc import Iterator, Sequence
 from typing import Callable
 
-from .tokens import Guess, Memory, Passage, Token, place_in_words
+from .tokens import Guess, Memory, Passage, Token, place_in_words, size_in_words
 
 _COLUMNS = 100
 # Numbers of the ANSI escape sequences: blue, yellow, none, dim and bold.
@@ -32,8 +32,11 @@ def render(passage: Passage, color: bool = False) -> Iterator[str]:
     for token in passage.tokens:
         yield ""
         yield from _token(token, paint)
+        if passage.with_cache:
+            yield _weights(token)
         yield from _guesses("the model says", token.lm_guesses)
         yield from _guesses("the memory says", token.knn_guesses)
+        yield from _guesses("the cache says", token.cache_guesses)
         for memory in token.neighbors:
             yield from _memory(memory, paint, passage.datastores)
 
@@ -58,8 +61,8 @@ def head(passage: Passage) -> Iterator[str]:
     """What is above the tokens: how many they are, their perplexity, and the settings."""
     perplexities = passage.perplexities()
     summary = (
-        f"{passage.source}: {len(passage.tokens):,} tokens, perplexity "
-        f"{perplexities['lm']:.2f} without neighbours, {perplexities['mixture']:.2f} with"
+        f"{passage.source}: {size_in_words(passage)}, perplexity "
+        f"{perplexities['lm']:.2f} without {passage.memories}, {perplexities['mixture']:.2f} with"
     )
     settings = ", ".join(f"{name} {value}" for name, value in passage.settings.items())
     for line in (summary, settings):
@@ -74,10 +77,23 @@ def _token(token: Token, paint: Callable) -> Iterator[str]:
     if len(text) > _WORD_COLUMNS:
         yield name
         name = " " * (9 + _WORD_COLUMNS)
-    p_knn = "none" if math.isnan(token.p_knn) else f"{token.p_knn:.2g}"
+    p_knn = _or_none(token.p_knn)
     numbers = f"  p_lm {token.p_lm:<8.2g} p_knn {p_knn:<8} mixture {token.p_mixture:<8.2g}"
     sign = "helped" if token.log_ratio > 0 else "hurt" if token.log_ratio < 0 else ""
     yield f"{name}{numbers}" + paint(f"  ln {token.log_ratio:+.2f} {sign}".rstrip(), sign)
+
+
+def _weights(token: Token) -> str:
+    """What the cache says of the token, and the weights of all three in the mixture."""
+    return (
+        f"{' ' * 9}p_cache {_or_none(token.p_cache)}; weights: model {token.lm_lambda:.3f}, "
+        f"neighbours {token.knn_lambda:.3f}, cache {token.cache_lambda:.3f}"
+    )
+
+
+def _or_none(p: float) -> str:
+    """A probability, or that a memory had nothing to say."""
+    return "none" if math.isnan(p) else f"{p:.2g}"
 
 
 def _guesses(title: str, guesses: Sequence[Guess]) -> Iterator[str]:

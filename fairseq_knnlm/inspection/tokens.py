@@ -1,5 +1,7 @@
 """Which memories spoke: what is known of each token of a passage, and of its nearest neighbours.
 
+A continuous cache may be one of the memories: what it would have said, and its weight.
+
 A datastore keeps no text, but the token ids of its text in their order: those around an entry are
 its context, and every ``</s>`` that fairseq puts behind a line ends one. Where empty lines separate
 documents (as ``--sample-break-mode complete_doc`` reads them) documents are counted as well. A
@@ -18,12 +20,16 @@ from ..errors import UserError
 from ..neighbors import Neighbors
 from ..probability.knn import knn_log_probs, knn_weights
 from ..probability.metrics import perplexity
-from ..probability.mixture import mix
+from ..probability.mixture import mix, weights_of_rows
 
 # Tokens of a text that are looked through at a time for the ends of lines.
 _BATCH_TOKENS = 1 << 24
 # So many tokens that the model, and as many that the neighbours, would rather have said.
 GUESSES = 5
+
+
+# Log-probabilities of the most probable tokens, and their ids, each of shape (N, n).
+Top = tuple[torch.Tensor, torch.Tensor]
 
 
 class Guess(NamedTuple):
@@ -77,13 +83,17 @@ class Token(NamedTuple):
     unknown (bool): whether the model sees ``<unk>``.
     ends_line (bool): whether it is the ``</s>`` behind a line.
     p_lm, p_knn, p_mixture (float): probabilities, in [0, 1]; p_knn is nan without any neighbour.
-    log_ratio (float): ln(p_mixture / p_lm), > 0 where the neighbours helped, never below
-        ln(1 - lambda); -inf where the mixture makes the token impossible.
+    log_ratio (float): ln(p_mixture / p_lm), > 0 where the memories helped, never below
+        ln(lm_lambda); -inf where the mixture makes the token impossible.
+    lm_lambda, knn_lambda, cache_lambda (float): the weights of model, neighbours and cache in
+        p_mixture, together 1; 0 for a memory that had nothing to say here.
+    p_cache (float): probability by the continuous cache, in [0, 1]; nan where it is empty, None
+        without one.
     matching (int): how many of the k neighbours have this token as their value.
     neighbors (list of Memory): the nearest, nearest first, and the nearest that has this token
         where it is further away.
-    lm_guesses, knn_guesses (list of Guess): the most probable tokens by p_lm and by p_knn, at most
-        ``GUESSES`` of each; by p_lm none where they were not asked for.
+    lm_guesses, knn_guesses, cache_guesses (list of Guess): the most probable tokens by p_lm, p_knn
+        and p_cache, at most ``GUESSES`` of each; by p_lm none where they were not asked for.
     """
 
     index: int
@@ -94,14 +104,19 @@ class Token(NamedTuple):
     p_knn: float
     p_mixture: float
     log_ratio: float
+    lm_lambda: float
+    knn_lambda: float
+    cache_lambda: float
+    p_cache: Optional[float]
     matching: int
     neighbors: list
     lm_guesses: list
     knn_guesses: list
+    cache_guesses: list
 
     def to_dict(self) -> dict:
         """Plain lists and dicts."""
-        lists = ("neighbors", "lm_guesses", "knn_guesses")
+        lists = ("neighbors", "lm_guesses", "knn_guesses", "cache_guesses")
         return {
             **self._asdict(),
             **{name: [each._asdict() for each in getattr(self, name)] for name in lists},
@@ -115,19 +130,34 @@ class Passage(NamedTuple):
     settings (dict): what the neighbours were found and mixed with, by name.
     tokens (list of Token): in the order of the text.
     datastores (int): how many were searched.
+    with_cache (bool): whether a continuous cache is one of the memories.
+    words (int): how many words the tokens are, of which perplexity is; None: it is of tokens.
     """
 
     source: str
     settings: dict
     tokens: list
     datastores: int
+    with_cache: bool = False
+    words: Optional[int] = None
+
+    @property
+    def counted(self) -> int:
+        """How many there are of what perplexity is of."""
+        return len(self.tokens) if self.words is None else self.words
+
+    @property
+    def memories(self) -> str:
+        """What is mixed with the model, in words."""
+        return "neighbours and cache" if self.with_cache else "neighbours"
 
     def perplexities(self) -> dict:
-        """Perplexity per token, ``</s>`` included: of the language model and of the mixture."""
+        """Perplexity per token or word, ``</s>`` included: of the model and of the mixture."""
         probabilities = [(token.p_lm, token.p_mixture) for token in self.tokens]
         with np.errstate(divide="ignore"):
             lm, mixture = np.log(probabilities).T
-        return {"lm": perplexity(lm), "mixture": perplexity(mixture)}
+        per_unit = len(self.tokens) / self.counted
+        return {"lm": perplexity(lm, per_unit), "mixture": perplexity(mixture, per_unit)}
 
     def to_dict(self) -> dict:
         """Plain lists and dicts for ``files.write_json``, infinite numbers among them."""
@@ -154,6 +184,12 @@ def place_in_words(memory: Memory, datastores: int) -> str:
         parts.append(f"document {memory.document:,}")
     parts += [f"line {memory.line:,}", f"token {memory.place:,}", f"row {memory.row:,}"]
     return ", ".join(parts)
+
+
+def size_in_words(passage: Passage) -> str:
+    """How long a passage is: ``40 tokens``, or ``31 words of 40 tokens``."""
+    tokens = f"{len(passage.tokens):,} tokens"
+    return tokens if passage.words is None else f"{passage.words:,} words of {tokens}"
 
 
 class Lines:
@@ -201,15 +237,19 @@ class Inspector:
         temperature (float): T > 0, divides the distances.
         show (int): nearest neighbours to describe for each token, >= 1.
         window (int): tokens of context on either side of a neighbour, >= 0.
+        cache_lambda (float): weight of p_cache, in [0, 1], of tokens that a cache is asked for.
 
     Raises:
         UserError: if a number is outside its range.
     """
 
-    def __init__(self, datastores, dictionary, knn_lambda, temperature, show=3, window=8):
+    def __init__(
+        self, datastores, dictionary, knn_lambda, temperature, show=3, window=8, cache_lambda=0.0
+    ):
         for name, value, holds, expected in (
             ("datastores", len(datastores), len(datastores) >= 1, "one or more"),
             ("knn_lambda", knn_lambda, 0.0 <= knn_lambda <= 1.0, "in [0, 1]"),
+            ("cache_lambda", cache_lambda, 0.0 <= cache_lambda <= 1.0, "in [0, 1]"),
             ("temperature", temperature, temperature > 0.0, "> 0"),
             ("show", show, show >= 1, ">= 1"),
             ("window", window, window >= 0, ">= 0"),
@@ -217,7 +257,7 @@ class Inspector:
             if not holds:
                 raise UserError(f"Inspector: {name} must be {expected}, got {value}")
         self.dictionary = dictionary
-        self.knn_lambda = knn_lambda
+        self.knn_lambda, self.cache_lambda = knn_lambda, cache_lambda
         self.temperature = temperature
         self.show = show
         self.window = window
@@ -234,7 +274,9 @@ class Inspector:
         log_p_lm: torch.Tensor,
         neighbors: Neighbors,
         words: Optional[Sequence[str]] = None,
-        lm_top: Optional[tuple[torch.Tensor, torch.Tensor]] = None,
+        lm_top: Optional[Top] = None,
+        log_p_cache: Optional[torch.Tensor] = None,
+        cache_top: Optional[Top] = None,
     ) -> list[Token]:
         """What is known of consecutive tokens.
 
@@ -247,6 +289,9 @@ class Inspector:
                 them.
             lm_top (tuple of Tensor): log p_lm of the most probable tokens, and their ids, each of
                 shape (N, n), the most probable first; None: not known.
+            log_p_cache (Tensor): shape (N,), natural log, nan where the cache is empty; None
+                without one.
+            cache_top (tuple of Tensor): as *lm_top*, of the cache; -inf where there are fewer.
 
         Returns:
             list of Token: N of them.
@@ -254,11 +299,16 @@ class Inspector:
         targets, log_p_lm = targets.cpu(), log_p_lm.cpu()
         neighbors = Neighbors(*(part.cpu() for part in neighbors))
         log_p_knn = knn_log_probs(neighbors.distances, neighbors.values, targets, self.temperature)
-        log_p = mix(log_p_lm, log_p_knn, knn_lambda=self.knn_lambda)
-        columns = (log_p_lm, log_p_knn, log_p, log_p - log_p_lm)
+        log_p_cache = None if log_p_cache is None else log_p_cache.cpu()
+        mixture = (log_p_lm, log_p_knn, log_p_cache, self.knn_lambda, self.cache_lambda)
+        log_p = mix(*mixture)
+        columns = (log_p_lm, log_p_knn, log_p, log_p - log_p_lm, *weights_of_rows(*mixture).t())
         rows = torch.stack([column.double() for column in columns], dim=1).tolist()
+        p_cache = _probabilities(log_p_cache, len(targets))
         weights = knn_weights(neighbors.distances, self.temperature)
-        lm_best = _pairs(*lm_top) if lm_top else [[]] * len(targets)
+        lm_best, cache_best = (
+            _pairs(*top) if top else [[]] * len(targets) for top in (lm_top, cache_top)
+        )
         return [
             Token(
                 first + i,
@@ -266,10 +316,12 @@ class Inspector:
                 target == self.dictionary.unk(),
                 target == self.dictionary.eos(),
                 *map(math.exp, rows[i][:3]),
-                rows[i][3],
+                *rows[i][3:],
+                p_cache[i],
                 *self._memories(target, weights[i], *(part[i] for part in neighbors)),
                 self._guesses(target, lm_best[i]),
                 self._guesses(target, _largest_sums(neighbors.values[i], weights[i])),
+                self._guesses(target, cache_best[i]),
             )
             for i, target in enumerate(targets.tolist())
         ]
@@ -311,10 +363,15 @@ class Inspector:
         return [self.dictionary[int(token)] for token in token_ids]
 
 
+def _probabilities(log_p: Optional[torch.Tensor], count: int) -> list[Optional[float]]:
+    """Of each row; None where there is no such distribution."""
+    return [None] * count if log_p is None else log_p.double().exp().tolist()
+
+
 def _pairs(log_probs: torch.Tensor, ids: torch.Tensor) -> list[list[tuple[int, float]]]:
     """Token and probability of the most probable ones, for each row."""
     rows = zip(ids.tolist(), log_probs.double().exp().tolist())
-    return [list(zip(*row))[:GUESSES] for row in rows]
+    return [[pair for pair in zip(*row) if pair[1] > 0.0][:GUESSES] for row in rows]
 
 
 def _largest_sums(values: torch.Tensor, weights: torch.Tensor) -> list[tuple[int, float]]:

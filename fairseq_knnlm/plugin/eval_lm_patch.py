@@ -15,7 +15,8 @@ import torch.distributed as dist
 
 from ..errors import UserError
 from ..progress import shown_by
-from ..scoring.words import continued_ids, word_starts
+from ..scoring.text_bytes import TextBytes
+from ..scoring.words import SENTENCEPIECE, Words
 from .bars import bars_like, in_bars
 from .commands import running_names
 
@@ -49,7 +50,7 @@ def use_scorer(make_scorer: Callable, on_end: Optional[Callable[[int], None]] = 
         names["SequenceScorer"] = lambda dictionary, softmax_batch: scorer
         try:
             with shown_by(in_bars(bars_like(arguments["batch_iterator"]))):
-                total = scorer.total(stock(**arguments))
+                total = scorer.total(stock(**_known_to_stock(arguments)))
         finally:
             names["SequenceScorer"] = stock_scorer
         if on_end is not None:
@@ -58,6 +59,22 @@ def use_scorer(make_scorer: Callable, on_end: Optional[Callable[[int], None]] = 
 
     with_our_scorer.stock = stock
     names["eval_lm"] = with_our_scorer
+
+
+def _known_to_stock(arguments: dict) -> dict:
+    """The arguments without a form of pieces that fairseq's ``eval_lm`` does not know.
+
+    Raises:
+        UserError: if the words of that form are to be printed, which is done in there.
+    """
+    if arguments.get("post_process") != SENTENCEPIECE:
+        return arguments
+    if arguments.get("output_word_probs") or arguments.get("output_word_stats"):
+        raise UserError(
+            "--output-word-probs and --output-word-stats print the pieces of --remove-bpe "
+            f"{SENTENCEPIECE}, not its words: drop one of them"
+        )
+    return {**arguments, "post_process": None}
 
 
 class _CountingScorer:
@@ -77,7 +94,12 @@ class _CountingScorer:
         self._scorer = scorer
         self._targets = 0
         self.counted = 0
-        self._continued = None if post_process is None else continued_ids(dictionary, post_process)
+        self._words = self._bytes = None
+        if post_process is not None:
+            self._words = Words(dictionary, post_process)
+            self._bytes = TextBytes(dictionary, post_process)
+        # What the stock ``eval_lm`` divides by.
+        self._stock_counts_words = post_process not in (None, SENTENCEPIECE)
 
     def generate(self, models, sample):
         """Score a sample, with finite scores only.
@@ -96,9 +118,10 @@ class _CountingScorer:
         return hypotheses
 
     def _count(self, targets, lengths) -> int:
-        if self._continued is None:
+        if self._words is None:
             return len(targets)
-        return len(word_starts(targets, lengths, self._continued))
+        self._bytes.add(targets)
+        return len(self._words.starts(targets, lengths))
 
     def total(self, results):
         """The result of all processes; a warning says so where impossible targets decide it.
@@ -109,9 +132,12 @@ class _CountingScorer:
         Raises:
             UserError: if there was nothing to score, which fairseq calls a perplexity of 1.
         """
-        bits = float(results["loss"]) * self.counted
-        bits, counted, targets, impossible = _sum_over_processes(
-            bits, self.counted, self._targets, self._scorer.impossible
+        bits = float(results["loss"]) * (
+            self.counted if self._stock_counts_words else self._targets
+        )
+        text_bytes = math.nan if self._bytes is None else self._bytes.total or math.nan
+        bits, counted, targets, impossible, text_bytes = _sum_over_processes(
+            bits, self.counted, self._targets, self._scorer.impossible, text_bytes
         )
         if not counted:
             raise UserError(
@@ -125,8 +151,21 @@ class _CountingScorer:
                 "neighbour has them and --knn-lambda and --knn-cache-lambda leave no weight for "
                 "the language model: perplexity is infinite"
             )
-            loss = math.inf
+            loss = bits = math.inf
+        if self._words is not None and targets:
+            logger.info(_in_words(bits, counted, targets, text_bytes))
         return {"loss": loss, "perplexity": 2.0**loss}
+
+
+def _in_words(bits: float, words: float, tokens: float, text_bytes: float) -> str:
+    """What perplexity is of, and the same of other units; *text_bytes*: nan where not known."""
+    line = (
+        f"perplexity is of {words:,.0f} words; of their {tokens:,.0f} tokens it is "
+        f"{2.0 ** (bits / tokens):.2f}"
+    )
+    if math.isnan(text_bytes):
+        return f"{line}; bits per byte are not known, the text having words that are unknown"
+    return f"{line}; {bits / text_bytes:.3f} bits for each of {text_bytes:,.0f} bytes"
 
 
 def _sum_over_processes(*numbers: float):

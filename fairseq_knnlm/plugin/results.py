@@ -16,9 +16,10 @@ from ..datastore.datastore import Datastore
 from ..datastore.fingerprint import file_fingerprint
 from ..errors import UserError
 from ..files import atomic_file, write_json
-from ..probability.metrics import perplexity
+from ..probability.metrics import bits_per_byte, perplexity
 from ..scoring.in_effect import InEffect
 from ..scoring.recorder import TokenRecorder
+from ..scoring.text_bytes import TextBytes
 from ..version import __version__
 from .stock_flags import whole_configuration
 
@@ -62,8 +63,9 @@ class EvaluationOutput:
             raise UserError(f"{found}, but {error}") from None
 
     def _summary(self, counted: int, columns: dict) -> dict:
-        log_p, task = columns["log_p"], self._task
+        log_p, log_p_lm, task = columns["log_p"], columns["log_p_lm"], self._task
         per_unit = len(log_p) / counted
+        text_bytes = self._text_bytes(columns["targets"])
         return {
             "program": "fairseq-eval-lm",
             "split": self._split,
@@ -71,9 +73,22 @@ class EvaluationOutput:
             "counted": counted,
             "impossible": int(np.isneginf(log_p).sum()),
             "perplexity": perplexity(log_p, per_unit),
-            "base_perplexity": perplexity(columns["log_p_lm"], per_unit),
+            "base_perplexity": perplexity(log_p_lm, per_unit),
+            "bytes": text_bytes,
+            "bits_per_byte": text_bytes and bits_per_byte(log_p, text_bytes),
+            "base_bits_per_byte": text_bytes and bits_per_byte(log_p_lm, text_bytes),
             **circumstances(task, task.in_effect, self._context, self._split),
         }
+
+    def _text_bytes(self, targets: np.ndarray) -> Optional[int]:
+        """Bytes of the text; None where ``--remove-bpe`` does not say how tokens become text."""
+        whole = whole_configuration(self._task.args)
+        form = None if whole is None else whole.common_eval.post_process
+        if form is None:
+            return None
+        text = TextBytes(self._task.target_dictionary, form)
+        text.add(torch.from_numpy(targets))
+        return text.total
 
 
 def evaluation_output(

@@ -5,7 +5,7 @@ text: pairs of a hidden state and the token that followed, here of the n positio
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Optional
 
 import numpy as np
@@ -81,6 +81,54 @@ class ContinuousCache:
         Raises:
             UserError: if the shapes do not fit.
         """
+        window, order = self._read(states, targets, resets)
+        log_p = states.new_empty(
+            len(self._thetas), len(window.bounds), len(targets), dtype=torch.float32
+        )
+        for rows, band, values in window.pieces:
+            log_p[:, :, rows] = self._log_probs(band, values, window)
+        return log_p[:, order]
+
+    def log_probs_and_top(
+        self, states, targets, count: int, resets: Sequence[int] = ()
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """As ``log_probs`` of one size and one theta, with what the cache finds most probable.
+
+        Args:
+            states, targets, resets: see ``log_probs``.
+            count (int): how many tokens, >= 1.
+
+        Returns:
+            tuple of Tensor: log p_cache of the targets, shape (N,); log p_cache of the most
+            probable tokens, the most probable first, -inf where there are fewer, shape (N, count);
+            and their ids, int64, of the same shape.
+
+        Raises:
+            UserError: if there are several sizes or thetas, or the shapes do not fit.
+        """
+        if len(self._sizes) > 1 or (self._thetas is not None and len(self._thetas) > 1):
+            raise UserError("ContinuousCache.log_probs_and_top: expected one size and one theta")
+        window, _ = self._read(states, targets, resets)
+        log_p = states.new_empty(len(targets), dtype=torch.float32)
+        top = states.new_full((len(targets), count), -math.inf, dtype=torch.float32)
+        ids = targets.new_zeros(len(targets), count)
+        for rows, band, values in window.pieces:
+            shares = (self._thetas[0] * band).softmax(dim=1).nan_to_num_()  # nan: an empty cache
+            followed = values.unfold(0, band.size(1), 1)[: len(band)]
+            types, places = followed.unique(return_inverse=True)
+            sums = shares.new_zeros(len(band), len(types)).scatter_add_(1, places, shares)
+            largest = sums.topk(min(count, len(types)))
+            shown = slice(0, largest.values.size(1))
+            top[rows, shown], ids[rows, shown] = largest.values.log(), types[largest.indices].long()
+            log_p[rows] = self._log_probs(band, values, window)[0, 0]
+        return log_p, top, ids
+
+    def _read(self, states, targets, resets) -> tuple["_Window", np.ndarray]:
+        """Remember the next piece of the text; what is computed of it, and the order of the sizes.
+
+        Args:
+            states, targets, resets: see ``log_probs``.
+        """
         if states.dim() != 2 or targets.shape != states.shape[:1]:
             raise UserError(
                 "ContinuousCache.log_probs: expected states (N, D) and targets (N,), got "
@@ -95,16 +143,18 @@ class ContinuousCache:
         states, values = self._with_past(states.float(), targets, size - past)
         if self._thetas is None:
             self._thetas = [(0.5 if self.metric == "l2" else 1.0) / math.sqrt(states.size(1))]
-        log_p = states.new_empty(len(self._thetas), len(bounds), len(targets))
-        rows = min(_MAX_ROWS, max(_MIN_ROWS, _MAX_PRODUCTS // size))
-        workspace = _Workspace(states, rows, size)
-        starts = range(0, len(targets), rows)
+        window = _Window(states, min(_MAX_ROWS, max(_MIN_ROWS, _MAX_PRODUCTS // size)), bounds)
+        window.pieces = self._pieces(states, values, ages, window)
+        return window, order
+
+    def _pieces(self, states, values, ages, window):
+        """Rows, their band (see ``_band``) and what followed each state of it, some at a time."""
+        size = int(window.bounds[-1])
+        starts = range(0, len(ages), window.rows)
         for start in track("cache", starts, len(starts)):
-            stop = min(start + rows, len(targets))
-            seen = slice(start, stop + size)
-            band = self._band(states[seen], ages[start:stop], workspace)
-            log_p[:, :, start:stop] = self._log_probs(band, values[seen], bounds, workspace)
-        return log_p[:, order]
+            rows = slice(start, min(start + window.rows, len(ages)))
+            seen = slice(start, rows.stop + size)
+            yield rows, self._band(states[seen], ages[rows], window), values[seen]
 
     def _ages(self, count: int, resets) -> torch.Tensor:
         """Positions between each row and the beginning of its text."""
@@ -135,7 +185,7 @@ class ContinuousCache:
         self._states, self._values = states[kept].clone(), values[kept].clone()
         return states, values
 
-    def _band(self, states, ages, workspace) -> torch.Tensor:
+    def _band(self, states, ages, window) -> torch.Tensor:
         """What each position has in common with its window, oldest first, shape (rows, n).
 
         Args:
@@ -143,7 +193,7 @@ class ContinuousCache:
             ages (LongTensor): shape (rows,): what is older than these is forgotten, -inf.
         """
         n, rows = len(states) - len(ages), len(ages)
-        out = workspace.products[: rows * (n + rows)].view(rows, n + rows)
+        out = window.products[: rows * (n + rows)].view(rows, n + rows)
         products = torch.mm(states[n:], states.t(), out=out)
         if self.metric == "l2":
             # ||h_t||^2 is left out: it is the same for all that h_t is compared with.
@@ -155,30 +205,38 @@ class ContinuousCache:
             band.masked_fill_(forgotten.to(band.device), -torch.inf)
         return band
 
-    def _log_probs(self, band, values, bounds, workspace) -> torch.Tensor:
+    def _log_probs(self, band, values, window) -> torch.Tensor:
         """Shape (thetas, bounds, rows), see ``log_probs``; overwrites *band*.
 
         Args:
             band (Tensor): shape (rows, n), from ``_band``.
             values (Tensor): shape (n + rows,), what followed each state.
-            bounds (ndarray): sizes, ascending, the last of them n.
-            workspace (_Workspace): memory.
+            window (_Window): sizes, the largest of them n, and memory.
         """
         rows, n = band.shape
         windows = values.unfold(0, n, 1)[:rows]
-        matches = torch.eq(windows, values[n:].unsqueeze(1), out=workspace.matches[:rows])
+        matches = torch.eq(windows, values[n:].unsqueeze(1), out=window.matches[:rows])
         # Windows are nested, and the smallest holds the latest: between two sizes lies a segment.
-        ends = [n, *(n - bounds).tolist()]
+        ends = [n, *(n - window.bounds).tolist()]
         segments = [slice(first, last) for last, first in zip(ends, ends[1:])]
         shares = LogShares(band, matches, lowest=False, segments=segments, overwrite=True)
-        weights = workspace.weights[:rows]
+        weights = window.weights[:rows]
         return torch.stack([shares.at(theta, weights).t() for theta in self._thetas])
 
 
-class _Workspace:
-    """Memory that every piece uses again: fresh memory is slow."""
+class _Window:
+    """The sizes of the windows of one piece, and memory that each part of it uses again.
 
-    def __init__(self, states: torch.Tensor, rows: int, size: int):
+    Args:
+        states (Tensor): of the piece, on whose device the memory is: fresh memory is slow.
+        rows (int): positions that are compared with their past at a time.
+        bounds (ndarray): sizes, ascending.
+    """
+
+    def __init__(self, states: torch.Tensor, rows: int, bounds: np.ndarray):
+        size = int(bounds[-1])
+        self.rows, self.bounds = rows, bounds
         self.products = states.new_empty(rows * (size + rows))
         self.weights = states.new_empty(rows, size)
         self.matches = states.new_empty(rows, size, dtype=torch.bool)
+        self.pieces: Iterator = iter(())

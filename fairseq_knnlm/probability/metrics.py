@@ -21,6 +21,20 @@ def perplexity(log_probs, tokens_per_unit: float = 1.0) -> float:
         return float(np.exp(nll_nats * tokens_per_unit))
 
 
+def bits_per_byte(log_probs, size_bytes: int) -> float:
+    """Bits that a text costs for each of its bytes, whatever it is cut into.
+
+    Args:
+        log_probs (array): shape (N,), natural log, of all its tokens, or of all its words.
+        size_bytes (int): of the text, >= 1.
+
+    Returns:
+        float: in [0, inf], lower is better.
+    """
+    nll_nats = -np.sum(np.asarray(log_probs, dtype=np.float64))
+    return float(nll_nats / np.log(2.0) / size_bytes)
+
+
 def recall_at_k(ids, exact_ids) -> float:
     """Share of the exact k nearest neighbours that a search gives.
 

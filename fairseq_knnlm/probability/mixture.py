@@ -87,6 +87,37 @@ def _mix(
     return mixed
 
 
+def weights_of_rows(
+    log_p_lm: torch.Tensor,
+    log_p_knn: Optional[torch.Tensor] = None,
+    log_p_cache: Optional[torch.Tensor] = None,
+    knn_lambda: Weight = 0.0,
+    cache_lambda: Weight = 0.0,
+) -> torch.Tensor:
+    """The weights that ``mix`` gives each row, where a memory is not defined as well.
+
+    Args:
+        log_p_lm, log_p_knn, log_p_cache, knn_lambda, cache_lambda: those of ``mix``; the
+            distributions of shape (N,).
+
+    Returns:
+        Tensor: shape (N, 3), float64, of model, neighbours and cache; each row adds up to 1.
+    """
+    _refuse_other_shapes(log_p_lm, log_p_knn=log_p_knn, log_p_cache=log_p_cache)
+    columns = []
+    for log_p, weight in ((log_p_knn, knn_lambda), (log_p_cache, cache_lambda)):
+        of_rows = torch.zeros(len(log_p_lm), dtype=torch.float64)
+        columns.append(of_rows if log_p is None else of_rows + torch.as_tensor(weight))
+    weights = torch.stack([1.0 - columns[0] - columns[1], *columns], dim=1).clamp_(min=0.0)
+    for place, log_p in ((1, log_p_knn), (2, log_p_cache)):
+        if log_p is not None:
+            weights[log_p.isnan(), place] = 0.0
+    totals = weights.sum(dim=1, keepdim=True)
+    weights /= totals
+    weights[totals.squeeze(1) == 0.0] = torch.tensor([1.0, 0.0, 0.0], dtype=torch.float64)
+    return weights
+
+
 def _refuse_other_shapes(log_p_lm: torch.Tensor, **others: Optional[torch.Tensor]) -> None:
     # (N,) and (N, 1) would become (N, N) without a word.
     shape = log_p_lm.shape

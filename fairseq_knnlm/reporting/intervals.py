@@ -1,9 +1,12 @@
 """How sure the figures of a report are: changes and perplexities with their intervals."""
 
+from typing import Optional
+
 import numpy as np
 
 from ..probability.bootstrap import RESAMPLES, paired_interval
 from ..probability.metrics import perplexity
+from ..scoring.words import log_probs_of_words
 from ..tuning.tuning_data import TuningData
 
 # A curve has fifty intervals: as a band, a tenth of the resamples will do.
@@ -24,7 +27,9 @@ def change_between(first, second, document_starts) -> dict:
     return {"relative_change": change.pop("value"), **change}
 
 
-def perplexity_with_bounds(data: TuningData, log_probs) -> dict:
+def perplexity_with_bounds(
+    data: TuningData, log_probs, word_starts: Optional[np.ndarray] = None
+) -> dict:
     """A perplexity, and between which others it is.
 
     The bounds are those of the paired change from the model alone, whose perplexity is taken as it
@@ -33,13 +38,20 @@ def perplexity_with_bounds(data: TuningData, log_probs) -> dict:
     Args:
         data (TuningData): with log p_lm and where documents begin.
         log_probs (Tensor): shape (N,), of the same targets, natural log.
+        word_starts (ndarray): shape (W,), rows at which words begin: perplexity is of these; None:
+            of the targets.
 
     Returns:
         dict: ``perplexity``; ``perplexity_low`` and ``perplexity_high``, None where the change has
         no interval.
     """
-    change = paired_interval(data.log_p_lm, log_probs, data.document_starts, _BAND_RESAMPLES)
-    base = perplexity(data.log_p_lm)
+    base_log_probs, document_starts = data.log_p_lm, data.document_starts
+    if word_starts is not None:
+        base_log_probs = log_probs_of_words(base_log_probs, word_starts)
+        log_probs = log_probs_of_words(log_probs, word_starts)
+        document_starts = np.searchsorted(word_starts, document_starts)
+    change = paired_interval(base_log_probs, log_probs, document_starts, _BAND_RESAMPLES)
+    base = perplexity(base_log_probs)
     low, high = (
         None if bound is None else base * (1.0 + bound) for bound in (change.low, change.high)
     )

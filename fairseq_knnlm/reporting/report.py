@@ -4,7 +4,9 @@ import csv
 import io
 import os
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Optional
+
+import numpy as np
 
 from ..errors import UserError
 from ..files import json_bytes, refuse_unwritable_directory, write_atomically
@@ -47,6 +49,7 @@ def write(
     sizes: Sequence[SizePoint],
     retriever: "Retriever",
     dictionary,
+    word_starts: Optional[np.ndarray] = None,
 ) -> str:
     """Write a report.
 
@@ -61,6 +64,7 @@ def write(
         sizes (sequence of SizePoint): from ``tune_sizes``, of the split that is tuned on.
         retriever (Retriever): what was searched.
         dictionary: fairseq's, of the targets.
+        word_starts (ndarray): see ``make_tables``.
 
     Returns:
         str: path of the page.
@@ -78,7 +82,7 @@ def write(
             "distances": retriever.distances,
         },
         "datastores": [_description(datastore) for datastore in retriever.datastores],
-        "tables": make_tables(knn_grid, cache_grid, data, sizes, counts, dictionary),
+        "tables": make_tables(knn_grid, cache_grid, data, sizes, counts, dictionary, word_starts),
     }
     try:
         for name, content in _files(results).items():

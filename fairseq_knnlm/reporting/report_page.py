@@ -1,6 +1,7 @@
 """The page of a report: what its template shows, legible in print and without colours."""
 
 import base64
+from typing import Optional
 
 from ..html_page import render_page
 from ..probability.bootstrap import BLOCK_TOKENS, MIN_UNITS
@@ -28,6 +29,8 @@ def render(results: dict, tables: dict[str, TextTable], figures: dict) -> str:
         best=results["best"],
         texts=tables,
         figures={name: _as_data(svg) for name, svg in figures.items()},
+        unit=_unit(results),
+        of_tokens=_of_tokens(results),
         interval_note=_interval_note(results),
         settings=_settings(results),
         facts=_facts(results),
@@ -41,6 +44,33 @@ def render(results: dict, tables: dict[str, TextTable], figures: dict) -> str:
 def _as_data(svg: bytes) -> str:
     """An image as a URI that needs no network."""
     return f"data:image/svg+xml;base64,{base64.b64encode(for_page(svg)).decode()}"
+
+
+def _unit(results: dict) -> str:
+    """What perplexities are of."""
+    tuned = results["tuned_on"]
+    return "tokens" if tuned["counted"] == tuned["tokens"] else "words"
+
+
+def _of_tokens(results: dict) -> Optional[dict]:
+    """The perplexities of the headline over the tokens that words are made of, and bits per byte.
+
+    Returns:
+        dict: None where perplexities are of tokens.
+    """
+    if _unit(results) == "tokens":
+        return None
+    measured = results.get("reported_on", results["tuned_on"])
+    share = measured["counted"] / measured["tokens"]
+    return {
+        "tokens": measured["tokens"],
+        "words": measured["counted"],
+        "base": measured["base_perplexity"] ** share,
+        "knn": measured["knn_perplexity"] ** share,
+        "bytes": measured["bytes"],
+        "bits_per_byte": measured.get("base_bits_per_byte"),
+        "knn_bits_per_byte": measured.get("knn_bits_per_byte"),
+    }
 
 
 def _interval_note(results: dict) -> str:

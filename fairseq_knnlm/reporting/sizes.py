@@ -8,6 +8,7 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple, Optional
 
+import numpy as np
 import torch
 
 from ..probability.knn import knn_log_probs
@@ -91,7 +92,11 @@ def log_p_knn_of_part(
 
 
 def size_curve(
-    data: TuningData, sizes: Sequence[SizePoint], temperature: float, entries: int
+    data: TuningData,
+    sizes: Sequence[SizePoint],
+    temperature: float,
+    entries: int,
+    word_starts: Optional[np.ndarray] = None,
 ) -> Iterator[dict]:
     """The rows of the table of sizes.
 
@@ -100,6 +105,7 @@ def size_curve(
         sizes (sequence of SizePoint): from ``tune_sizes``, of the split that is tuned on.
         temperature (float): T > 0.
         entries (int): of the whole datastore.
+        word_starts (ndarray): see ``perplexity_with_bounds``.
 
     Yields:
         dict: ``share`` and ``entries`` of the datastore; ``k``, None for all known neighbours;
@@ -120,7 +126,7 @@ def size_curve(
                 None if size.k is None else (known < size.k).double().mean().item()
             ),
             "knn_lambda": size.knn_lambda,
-            **perplexity_with_bounds(data, mixed),
+            **perplexity_with_bounds(data, mixed, word_starts),
         }
 
 

@@ -8,6 +8,7 @@ chosen on the split that is tuned on, figures are of the split that is reported 
 import math
 import operator
 from collections.abc import Iterable, Iterator, Sequence
+from typing import Optional
 
 import numpy as np
 import torch
@@ -57,6 +58,7 @@ def make_tables(
     sizes: Sequence[SizePoint],
     counts: np.ndarray,
     dictionary,
+    word_starts: Optional[np.ndarray] = None,
 ) -> dict:
     """All tables of a report: lists of rows, a dictionary each, by name.
 
@@ -68,6 +70,9 @@ def make_tables(
         sizes (sequence of SizePoint): from ``tune_sizes``, of the split that is tuned on.
         counts (ndarray): shape (V,), from ``training_counts``.
         dictionary: fairseq's, of V types.
+        word_starts (ndarray): shape (W,), rows of *data* at which words begin: the perplexities of
+            curves are of these, as those of *knn_grid* are; None: of the targets. What is said of
+            single targets is of targets in either case.
 
     Returns:
         dict: ``grid``; the curves ``k``, ``k_at_temperature``, ``temperature``, ``lambda`` and
@@ -87,9 +92,9 @@ def make_tables(
     }
     return {
         "grid": _rows(knn_grid),
-        **dict(zip(curves, _evaluated(data, list(curves.values())))),
-        "lambda": list(_lambda_curve(data, scores, chosen.knn_lambda)),
-        "size": list(size_curve(data, sizes, chosen.temperature, counts.sum())),
+        **dict(zip(curves, _evaluated(data, list(curves.values()), word_starts))),
+        "lambda": list(_lambda_curve(data, scores, chosen.knn_lambda, word_starts)),
+        "size": list(size_curve(data, sizes, chosen.temperature, counts.sum(), word_starts)),
         "cache_grid": _rows(cache_grid),
         "cache_size": _rows(_best_of_each("cache_size", cache_grid)),
         "cache_theta": _rows(_best_of_each("cache_theta", cache_grid)),
@@ -117,7 +122,9 @@ def _best_of_each(name: str, grid: Sequence[Point]) -> list[Point]:
     return [best(points) for points in of_value.values()]
 
 
-def _evaluated(data: TuningData, curves: Sequence[Sequence[KNNGridPoint]]) -> Iterator[list[dict]]:
+def _evaluated(
+    data: TuningData, curves: Sequence[Sequence[KNNGridPoint]], word_starts
+) -> Iterator[list[dict]]:
     """The points of each curve with their perplexity here and on the split that is tuned on."""
     points = sorted({point for curve in curves for point in curve})
     prefixes = Prefixes(data, sorted({point.k for point in points}))
@@ -129,17 +136,19 @@ def _evaluated(data: TuningData, curves: Sequence[Sequence[KNNGridPoint]]) -> It
                 mixed = mix(data.log_p_lm, scores[point.k], knn_lambda=point.knn_lambda)
                 rows[point] = {
                     **point._asdict(),
-                    **perplexity_with_bounds(data, mixed),
+                    **perplexity_with_bounds(data, mixed, word_starts),
                     "tuned_perplexity": point.perplexity,
                 }
     for curve in curves:
         yield [rows[point] for point in curve]
 
 
-def _lambda_curve(data: TuningData, scores: torch.Tensor, chosen: float) -> Iterator[dict]:
+def _lambda_curve(
+    data: TuningData, scores: torch.Tensor, chosen: float, word_starts
+) -> Iterator[dict]:
     for knn_lambda in sorted({chosen, *(step / _LAMBDAS for step in range(_LAMBDAS))}):
         mixed = mix(data.log_p_lm, scores, knn_lambda=knn_lambda)
-        yield {"knn_lambda": knn_lambda, **perplexity_with_bounds(data, mixed)}
+        yield {"knn_lambda": knn_lambda, **perplexity_with_bounds(data, mixed, word_starts)}
 
 
 def _targets_found(matches: torch.Tensor, ks: Sequence[int]) -> Iterator[dict]:

@@ -1,7 +1,8 @@
 """Scoring targets with neighbours: where model, datastore and mixture meet.
 
 ``settings`` says what the flags mean, ``in_effect`` where each comes from, ``compatibility`` what
-fits a datastore; ``scorer`` scores, ``recorder`` keeps what it computes, ``words`` counts.
+fits a datastore; ``scorer`` scores, ``recorder`` keeps what it computes, ``words`` and
+``text_bytes`` count.
 Imports from ``probability``, ``datastore``, ``search``, ``encoding`` and the root.
 """
 

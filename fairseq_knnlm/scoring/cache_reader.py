@@ -6,6 +6,21 @@ import torch
 
 from ..encoding.blocks import document_starts
 from ..probability.continuous_cache import ContinuousCache
+from .settings import Settings
+
+
+def make_cache_reader(settings: Settings, eos: Optional[int] = None) -> Optional["CacheReader"]:
+    """The cache that settings ask for; None where they ask for none.
+
+    Args:
+        settings (Settings): of search, mixture and cache.
+        eos (int): id of the end of a line, for a cache that is emptied where documents begin.
+    """
+    if not settings.cache_size:
+        return None
+    thetas = None if settings.cache_theta is None else [settings.cache_theta]
+    cache = ContinuousCache([settings.cache_size], thetas, settings.cache_metric)
+    return CacheReader(cache, eos if settings.cache_reset == "document" else None)
 
 
 class CacheReader:
@@ -34,6 +49,18 @@ class CacheReader:
         """
         ((log_p,),) = self._cache.log_probs(states, sample["target"], self._resets(sample))
         return log_p
+
+    def log_probs_and_top(self, states, sample: dict, count: int):
+        """The same with the tokens that the cache finds most probable.
+
+        Args:
+            states (Tensor), sample (dict): see ``log_probs``.
+            count (int): how many.
+
+        Returns:
+            tuple of Tensor: see ``ContinuousCache.log_probs_and_top``.
+        """
+        return self._cache.log_probs_and_top(states, sample["target"], count, self._resets(sample))
 
     def _resets(self, sample):
         """Rows at which documents begin, also where the sample begins in the middle of one."""

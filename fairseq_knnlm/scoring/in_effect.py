@@ -85,9 +85,16 @@ class InEffect(NamedTuple):
             only (iterable of str): fields to name; None: all that mean something.
         """
         names = [name for name in self.names() if only is None or name in only]
-        return settings_line((name, self._value(name), self.sources[name]) for name in names)
+        return settings_line(
+            (name, self.value_in_words(name), self.sources[name]) for name in names
+        )
 
-    def _value(self, name: str) -> str:
+    def value_in_words(self, name: str) -> str:
+        """A setting as it is printed.
+
+        Args:
+            name (str): field of ``Settings``.
+        """
         value = getattr(self.settings, name)
         if name == "cache_theta" and value is None:
             half = "0.5" if self.settings.cache_metric == "l2" else "1"

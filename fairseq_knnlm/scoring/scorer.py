@@ -11,10 +11,9 @@ import torch
 
 from ..encoding.encode import encode, refuse_not_finite
 from ..encoding.key_extractor import extractor_of
-from ..probability.continuous_cache import ContinuousCache
 from ..probability.knn import knn_log_probs
 from ..probability.mixture import mix
-from .cache_reader import CacheReader
+from .cache_reader import CacheReader, make_cache_reader
 from .compatibility import refuse_ensemble
 from .recorder import TokenRecorder
 from .settings import Settings, refuse_impossible, with_temperature
@@ -47,14 +46,7 @@ def make_scorer(
         UserError: if a setting cannot be.
         bos (int), recorder (TokenRecorder): see ``KNNScorer``.
     """
-    cache = None
-    if settings.cache_size:
-        thetas = None if settings.cache_theta is None else [settings.cache_theta]
-        keep_apart = settings.cache_reset == "document"
-        cache = CacheReader(
-            ContinuousCache([settings.cache_size], thetas, settings.cache_metric),
-            eos if keep_apart else None,
-        )
+    cache = make_cache_reader(settings, eos)
     if key is None and retriever is not None:
         key = retriever.key
     if settings.knn_lambda == 0.0:

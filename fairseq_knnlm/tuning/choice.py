@@ -17,7 +17,7 @@ from ..errors import UserError
 from ..files import without_infinities
 from ..probability import bootstrap
 from ..probability.bootstrap import paired_interval
-from ..probability.metrics import perplexity
+from ..probability.metrics import bits_per_byte, perplexity
 from ..probability.mixture import mix
 from ..scoring.settings import Settings, flag_of, refuse_impossible
 from ..scoring.words import log_probs_of_words
@@ -145,7 +145,11 @@ class Chosen(NamedTuple):
 
 
 def measure(
-    split: str, data: TuningData, chosen: Chosen, starts: Optional[np.ndarray] = None
+    split: str,
+    data: TuningData,
+    chosen: Chosen,
+    starts: Optional[np.ndarray] = None,
+    text_bytes: Optional[int] = None,
 ) -> dict:
     """Perplexity with every method, and how sure the differences are; also logged.
 
@@ -155,9 +159,10 @@ def measure(
         chosen (Chosen): the settings.
         starts (ndarray): shape (W,), rows at which words begin, see ``scoring.words``: perplexity
             is of these; None: of the tokens.
+        text_bytes (int): of the text, see ``scoring.text_bytes``; None: not known.
 
     Returns:
-        dict: perplexities and changes by name, for JSON.
+        dict: perplexities, bits per byte where the bytes are known, and changes by name, for JSON.
 
     Raises:
         UserError: if *data* does not say where documents begin, or lacks what a method needs.
@@ -174,10 +179,12 @@ def measure(
         "tokens": len(data.log_p_lm),
         "counted": len(base),
         "base_perplexity": perplexity(base),
+        "bytes": text_bytes,
+        **_bits_per_byte({"base": base, **log_probs}, text_bytes),
     }
     logger.info(
         f"{split}: perplexity {result['base_perplexity']:.2f} of the model alone, over "
-        f"{len(base):,} {unit}"
+        f"{len(base):,} {unit}" + _of_tokens(result)
     )
     for name, mixed in log_probs.items():
         change = paired_interval(base, mixed, documents)
@@ -195,6 +202,27 @@ def measure(
             f"{bootstrap.in_words(change)}"
         )
     return result
+
+
+def _bits_per_byte(log_probs: dict, text_bytes: Optional[int]) -> dict:
+    """Of every method, by its name in JSON; nothing where the bytes are not known."""
+    if text_bytes is None:
+        return {}
+    return {
+        f"{name}_bits_per_byte": bits_per_byte(each, text_bytes) for name, each in log_probs.items()
+    }
+
+
+def _of_tokens(result: dict) -> str:
+    """The same perplexity of the tokens that words are made of, and of bytes; '' of tokens."""
+    tokens, counted = result["tokens"], result["counted"]
+    if tokens == counted:
+        return ""
+    of_tokens = result["base_perplexity"] ** (counted / tokens)
+    text = f" ({of_tokens:.2f} over {tokens:,} tokens"
+    if result["bytes"] is not None:
+        text += f", {result['base_bits_per_byte']:.3f} bits for each of {result['bytes']:,} bytes"
+    return f"{text})"
 
 
 def command(typed, split: str, chosen: Chosen) -> str:

@@ -3,6 +3,7 @@
 import io
 import json
 import re
+import shutil
 import sys
 import types
 
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import oracle
-from helpers.commands import build, call, command, knnlm, run
+from helpers.commands import build, call, command, evaluate, knnlm, run
 from helpers.page import Page
 
 from fairseq_knnlm.cli import inspect
@@ -24,7 +25,9 @@ K, LAMBDA, TEMPERATURE = 12, 0.3, 4.0
 def look(data, checkpoints, datastores, tmp_path, capsys):
     """Run the command in this process; gives what it writes as JSON and prints, or the text."""
 
-    def look_at(*flags, name="plain", datastore=None, as_text=False):
+    texts = data
+
+    def look_at(*flags, name="plain", datastore=None, as_text=False, data=texts):
         written = tmp_path / "inspected.json"
         capsys.readouterr()
         call(
@@ -173,6 +176,96 @@ def test_words_of_eval_lm_have_its_probabilities(look, data, checkpoints, tmp_pa
             word == token["text"] and log_prob == pytest.approx(np.log(token["p_lm"]), abs=1e-3)
             for word, log_prob in log_probs
         )
+
+
+# -- the continuous cache ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--knn-cache-size", 40, "--knn-cache-lambda", 0.2, "--knn-cache-theta", 0.1],
+        ["--knn-cache-size", 10**6, "--knn-cache-lambda", 0.7, "--knn-cache-metric", "l2"],
+        ["--knn-cache-size", 60, "--knn-cache-reset", "document", "--context-window", 8],
+    ],
+    ids=["small", "all", "documents"],
+)
+@pytest.mark.parametrize("start", [0, 190])
+def test_with_a_cache_it_explains_what_an_evaluation_gives(
+    look, data, checkpoints, datastores, tmp_path, flags, start
+):
+    """The same log p for the same tokens, and three weights that say how it comes about."""
+    file = tmp_path / "tokens.npz"
+    evaluate(
+        data, checkpoints["plain"], "--gen-subset", "valid", "--knn-datastore", datastores["plain"],
+        "--knn-k", K, "--knn-lambda", LAMBDA, "--knn-temperature", TEMPERATURE, *flags,
+        "--knn-output-tokens", file,
+    )  # fmt: skip
+    evaluated = {name: array[start : start + 60] for name, array in np.load(file).items()}
+    result = look("--positions", f"{start}:{start + 60}", *flags)
+    for name, theirs in (("p_mixture", "log_p"), ("p_lm", "log_p_lm"), ("p_knn", "log_p_knn")):
+        np.testing.assert_allclose(
+            column(result, name), np.exp(evaluated[theirs]), rtol=1e-4, atol=1e-7
+        )
+    p_cache = column(result, "p_cache").astype(float)
+    np.testing.assert_allclose(p_cache, np.exp(evaluated["log_p_cache"]), rtol=1e-4, atol=1e-7)
+    assert np.isnan(p_cache[0]) == (start == 0)
+    weights = np.stack([column(result, f"{name}_lambda") for name in ("lm", "knn", "cache")])
+    np.testing.assert_allclose(weights.sum(axis=0), 1.0)
+    parts = weights * np.stack([column(result, "p_lm"), column(result, "p_knn"), p_cache])
+    np.testing.assert_allclose(
+        np.nansum(parts, axis=0), column(result, "p_mixture"), rtol=1e-5, atol=1e-9
+    )
+
+
+def test_what_the_cache_would_have_said_is_shown(look, tmp_path):
+    flags = ["--positions", "100:130", "--knn-cache-size", 50, "--html", tmp_path / "page.html"]
+    result = look(*flags)
+    for token in result["tokens"]:
+        said = {guess["token"]: guess["p"] for guess in token["cache_guesses"]}
+        assert 1 <= len(said) <= 5 and sum(said.values()) <= 1 + 1e-5
+        for guess in token["cache_guesses"]:
+            assert guess["matches"] == (guess["token"] == token["text"])
+            if guess["matches"]:
+                assert guess["p"] == pytest.approx(token["p_cache"], rel=1e-4)
+    page = Page((tmp_path / "page.html").read_text(encoding="utf-8"))
+    assert "the cache" in page.text_of["m100"] and "p_cache" in page.text_of["m100"]
+    assert "without neighbours and cache" in page.text and "cache size" in page.text
+    printed = look(*flags[:4], as_text=True)
+    assert re.search(
+        r"p_cache [\d.e-]+; weights: model 0.600, neighbours 0.300, cache 0.100", printed
+    )
+    assert len(re.findall(r"^ +the cache says ", printed, re.M)) == 30
+    without = look("--positions", "100:130", "--html", tmp_path / "page.html")
+    assert "p_cache" not in Page((tmp_path / "page.html").read_text()).text
+    assert {token["p_cache"] for token in without["tokens"]} == {None}
+    assert {token["cache_lambda"] for token in without["tokens"]} == {0.0}
+
+
+# -- words of several tokens -------------------------------------------------------------------
+
+
+def test_perplexity_of_words(look, data, checkpoints, tmp_path):
+    """Of the pieces of sentencepiece: a word goes on where a piece has no marker in front."""
+    texts = tmp_path / "bin"
+    shutil.copytree(data, texts)
+    lines = (data / "dict.txt").read_text().splitlines()
+    (texts / "dict.txt").write_text(
+        "\n".join(f"▁{line}" if i % 3 else line for i, line in enumerate(lines)) + "\n"
+    )
+    build(texts, checkpoints["plain"], tmp_path / "d", "--knn-index", "Flat")
+    flags = ["--positions", "30:90", "--remove-bpe", "sentencepiece"]
+    result = look(*flags, data=texts, datastore=tmp_path / "d")
+    pieces = column(result, "text").tolist()
+    words = 1 + sum(
+        piece.startswith("▁") or "</s>" in (piece, before)
+        for before, piece in zip(pieces, pieces[1:])
+    )
+    assert words < 60
+    log_p = np.log(column(result, "p_mixture"))
+    assert result["perplexity"]["mixture"] == pytest.approx(np.exp(-log_p.sum() / words))
+    printed = look(*flags, data=texts, datastore=tmp_path / "d", as_text=True)
+    assert f"{words} words of 60 tokens, perplexity" in printed
 
 
 # -- the memories ------------------------------------------------------------------------------
@@ -382,7 +475,7 @@ def test_page_of_a_text(look, data, tmp_path):
         (["--positions", "0:1", "--json", "/nonesuch/x.json"], ["--json /nonesuch/x.json"]),
         (["--positions", "0:1", "--knn-show-neighbors", 0], ["--knn-show-neighbors", ">= 1"]),
         (["--positions", "0:1", "--window", -1], ["--window", ">= 0"]),
-        (["--positions", "0:1", "--remove-bpe"], ["--remove-bpe", "shows tokens"]),
+        (["--positions", "0:1", "--post-process", "letter"], ["--remove-bpe", "got 'letter'"]),
         (["--positions", "0:1", "--max-tokens", 16], ["--max-tokens"]),
         (["--positions", "0:1", "--tokens-per-sample", 64], ["64", "32", "--tokens-per-sample"]),
         (["--input", "x", "--shorten-method", "truncate"], ["--shorten-method truncate"]),

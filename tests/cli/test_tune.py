@@ -260,6 +260,9 @@ def test_perplexity_of_words_is_that_of_an_evaluation(checkpoints, tuned, pieces
     assert knn_flags(result["best"]) == knn_flags(of_tokens["best"])
     reported = result["reported_on"]
     assert reported["counted"] < 0.9 * reported["tokens"]
+    for name in ("base", "cache", "knn", "knn_cache"):  # the same bits, divided by something else
+        bits = np.log2(reported[f"{name}_perplexity"]) * reported["counted"]
+        assert reported[f"{name}_bits_per_byte"] * reported["bytes"] == pytest.approx(bits)
 
     def evaluated(*more, split="test"):
         return evaluate(texts, checkpoints["plain"], "--gen-subset", split, *flags, *more)
@@ -278,12 +281,39 @@ def test_perplexity_of_words_is_that_of_an_evaluation(checkpoints, tuned, pieces
     assert "--remove-bpe '@@ '" in result["command"]
 
 
-def test_words_that_cannot_be_counted_are_refused(refused, pieces, tmp_path):
+def test_a_report_of_words(tuned, pieces, tmp_path):
+    """Its curves are of words, as its headline is."""
     texts, datastore = pieces
-    others = {"data": texts, "datastore": datastore}
-    assert "got 'letter'" in refused("--post-process", "letter", **others)
-    message = refused("--remove-bpe", "@@ ", "--report", tmp_path / "report", **others)
-    assert "--report are of tokens" in message
+    folder = tmp_path / "report"
+    result = tuned(
+        "--remove-bpe", "@@ ", "--report-subset", "test", "--report", folder, data=texts,
+        datastore=datastore,
+    )  # fmt: skip
+    reported, best = result["reported_on"], result["best"]
+    report = json.loads((folder / "report.json").read_text())
+    tables = report["tables"]
+    (at_best,) = (row for row in tables["k"] if row["k"] == best["k"])
+    assert at_best["perplexity"] == pytest.approx(reported["knn_perplexity"], rel=1e-6)
+    assert at_best["tuned_perplexity"] == best["perplexity"]
+    assert tables["lambda"][0]["perplexity"] == pytest.approx(reported["base_perplexity"], rel=1e-6)
+    whole = [row for row in tables["size"] if row["share"] == 1 and row["k"] is None]
+    assert whole[0]["perplexity"] > 1.5 * reported["knn_perplexity"] ** (
+        reported["counted"] / reported["tokens"]
+    )
+    assert sum(row["tokens"] for row in tables["log_ratio"]) == reported["tokens"]
+    page = (folder / "report.html").read_text(encoding="utf-8")
+    text = " ".join(page.split())
+    assert "Perplexity of words" in text
+    assert f"{reported['counted']:,} words of test are {reported['tokens']:,} tokens" in text
+    assert (
+        f"{reported['base_bits_per_byte']:.3f} and {reported['knn_bits_per_byte']:.3f} bits" in text
+    )
+
+
+def test_words_that_cannot_be_counted_are_refused(refused, pieces):
+    texts, datastore = pieces
+    message = refused("--post-process", "letter", data=texts, datastore=datastore)
+    assert "got 'letter'" in message
 
 
 # -- the file of neighbours ------------------------------------------------------------------------

@@ -28,7 +28,7 @@ def change(value, units=13, unit="documents", half_width=0.05):
 def tuned(**changed):
     """What ``fairseq-knnlm-tune`` writes."""
     result = {
-        "tokens": 1000, "base_perplexity": 100.0,
+        "tokens": 1000, "counted": 1000, "bytes": None, "base_perplexity": 100.0,
         "cache_perplexity": 90.0, "cache_change": change(-0.1),
         "knn_perplexity": 80.0, "relative_change": change(-0.2),
         "knn_cache_perplexity": 70.0, "knn_cache_change": change(-0.3),
@@ -68,6 +68,26 @@ def test_no_interval_of_few_units(report):
     (row,) = (line for line in lines if "+ nearest neighbours  " in line)
     assert row.endswith("-20.0%  -25.0% to -15.0%")
     assert "intervals: paired bootstrap over 13 documents of test" in lines
+
+
+def test_perplexities_of_words_stand_beside_those_of_pieces(report):
+    """Two pieces a word: the perplexity of pieces is the root of that of words."""
+    bits = {"base": 2.0, "cache": 1.9, "knn": 1.75, "knn_cache": 1.625}
+    bits = {f"{name}_bits_per_byte": value for name, value in bits.items()}
+    results = tuned(counted=500, bytes=1600, **bits)
+    with pytest.raises(ValueError, match="fairseq-eval-lm gave 100.0 over 1000 tokens with base"):
+        report.collect(results, EVALUATED, {})  # the stock command's is of pieces
+    evaluated = {**EVALUATED, "base": (1000, 10.0)}
+    lines = list(report.table(report.collect(results, evaluated, {})))
+    pieces = lines.index("the same of tokens, pieces of words")
+    assert lines[pieces + 1].split() == ["language", "model", "10.00", "10.00"]
+    assert lines[pieces + 3].split()[-1] == f"{80**0.5:.2f}"
+    of_bytes = lines.index("bits per byte of the text")
+    assert lines[of_bytes + 4].split()[-2:] == ["1.625", "1.625"]
+    assert ["words", "500", "500"] in [line.split() for line in lines]
+    unknown = tuned(counted=500)  # no number of bytes
+    lines = list(report.table(report.collect(unknown, evaluated, {})))
+    assert "bits per byte of the text" not in lines
 
 
 @pytest.mark.parametrize("half_width, intervals", [(0.05, 3), (None, 2)])

@@ -83,8 +83,11 @@ def knn_log_probs(keys, values, queries, targets, k, temperature, metric="l2"):
     return np.array(result)
 
 
-def one_token_at_a_time(states, targets, size, theta, metric="ip", resets=()):
-    """log p_cache by its formula, in float64; nan where there is nothing to look back on."""
+def one_token_at_a_time(states, targets, size, theta, metric="ip", resets=(), predicted=None):
+    """log p_cache by its formula, in float64; nan where there is nothing to look back on.
+
+    It is that of the targets, or of one token at every position: *predicted*.
+    """
     states, targets = np.asarray(states, dtype=np.float64), np.asarray(targets)
     result, first = np.full(len(targets), np.nan), 0
     for t in range(len(targets)):
@@ -96,7 +99,7 @@ def one_token_at_a_time(states, targets, size, theta, metric="ip", resets=()):
             log_weights = theta * states[past] @ states[t]
         else:
             log_weights = -theta * ((states[past] - states[t]) ** 2).sum(axis=1)
-        matched = log_weights[targets[past] == targets[t]]
+        matched = log_weights[targets[past] == (targets[t] if predicted is None else predicted)]
         result[t] = -np.inf
         if len(matched):
             result[t] = np.logaddexp.reduce(matched) - np.logaddexp.reduce(log_weights)

@@ -6,6 +6,8 @@ import shutil
 
 import numpy as np
 import pytest
+from fairseq.data import Dictionary
+from fairseq.data.data_utils import post_process
 from helpers import oracle
 from helpers.commands import build, call, evaluate, knnlm
 
@@ -15,6 +17,7 @@ from fairseq_knnlm.errors import UserError
 from fairseq_knnlm.plugin import results
 
 COMMON = {"program", "tokens", "model", "data", "context", "datastores", "versions"}
+BYTES = ["bytes", "bits_per_byte", "base_bits_per_byte"]
 SCORED = {*COMMON, "settings", "perplexity", "base_perplexity"}
 
 
@@ -28,7 +31,8 @@ def test_an_evaluation(data, checkpoints, datastores, neighbors, tmp_path):
     file = tmp_path / "result.json"
     printed = evaluate(data, checkpoints["plain"], *neighbors, "--knn-output", file)
     result = json.loads(file.read_text())
-    assert set(result) == {*SCORED, "split", "counted", "impossible"}
+    assert set(result) == {*SCORED, "split", "counted", "impossible", *BYTES}
+    assert [result[name] for name in BYTES] == [None] * 3  # it is not said what the text is
     assert result["perplexity"] == pytest.approx(printed, rel=1e-5)
     base = evaluate(data, checkpoints["plain"])
     assert result["base_perplexity"] == pytest.approx(base, rel=1e-5)
@@ -83,17 +87,55 @@ def test_a_model_alone(data, checkpoints, tmp_path):
     assert sorted(np.load(tokens)) == ["log_p", "log_p_lm", "targets"]
 
 
-def test_words_of_several_tokens(data, checkpoints, tmp_path):
-    file, pieces = tmp_path / "result.json", tmp_path / "bin"
-    shutil.copytree(data, pieces)
+def in_pieces(data, folder, form):
+    """The data with another dictionary: every third token goes on, in the way of *form*."""
+    shutil.copytree(data, folder)
     lines = (data / "dict.txt").read_text().splitlines()
-    marked = [line.replace(" ", "@@ ", 1) if i % 3 == 0 else line for i, line in enumerate(lines)]
-    (pieces / "dict.txt").write_text("\n".join(marked) + "\n")
-    flags = ["--remove-bpe", "@@ ", "--knn-output", file]
-    printed = evaluate(pieces, checkpoints["plain"], *flags)
-    result = json.loads(file.read_text())
-    assert result["counted"] < result["tokens"]
+    marked = [
+        (line if i % 3 == 0 else f"▁{line}")
+        if form == "sentencepiece"
+        else (line.replace(" ", "@@ ", 1) if i % 3 == 0 else line)
+        for i, line in enumerate(lines)
+    ]
+    (folder / "dict.txt").write_text("\n".join(marked) + "\n")
+    return folder
+
+
+@pytest.mark.parametrize("form", ["@@ ", "sentencepiece"])
+def test_words_of_several_tokens(data, checkpoints, tmp_path, caplog, form):
+    file, tokens, pieces = (tmp_path / name for name in ("r.json", "t.npz", "bin"))
+    in_pieces(data, pieces, form)
+    flags = ["--remove-bpe", form, "--knn-output", file, "--knn-output-tokens", tokens]
+    with caplog.at_level("INFO"):
+        printed = evaluate(pieces, checkpoints["plain"], *flags)
+    result, columns = json.loads(file.read_text()), np.load(tokens)
+    bits = -columns["log_p"].astype(np.float64).sum() / np.log(2)
+    assert result["counted"] < result["tokens"] == len(columns["log_p"])
     assert result["perplexity"] == pytest.approx(printed, rel=1e-5)
+    assert printed == pytest.approx(2 ** (bits / result["counted"]), rel=1e-5)
+    # the text that the pieces are of
+    dictionary = Dictionary.load(str(pieces / "dict.txt"))
+    symbols = [dictionary[i] for i in columns["targets"]]
+    lines = " ".join(symbols).split(" </s>")[:-1]
+    text = "".join(post_process(line.strip(), form) + "\n" for line in lines)
+    assert result["bytes"] == len(text.encode())
+    assert result["bits_per_byte"] == result["base_bits_per_byte"]
+    assert result["bits_per_byte"] == pytest.approx(bits / len(text.encode()))
+    said = (
+        f"perplexity is of {result['counted']:,} words; of their {result['tokens']:,} tokens it is"
+    )
+    assert f"{said} {2 ** (bits / result['tokens']):.2f}; " in caplog.text
+    assert (
+        f"{result['bits_per_byte']:.3f} bits for each of {result['bytes']:,} bytes" in caplog.text
+    )
+
+
+def test_words_that_stock_prints_are_not_those_of_sentencepiece(data, checkpoints, tmp_path):
+    pieces = in_pieces(data, tmp_path / "bin", "sentencepiece")
+    with pytest.raises(UserError, match="--output-word-probs and .* drop one"):
+        evaluate(
+            pieces, checkpoints["plain"], "--remove-bpe", "sentencepiece", "--output-word-probs"
+        )
 
 
 def test_an_impossible_token_is_counted(data, checkpoints, datastores, tmp_path):

@@ -51,6 +51,42 @@ def documents(targets):
 # -- the distribution ------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("metric", ["ip", "l2"])
+@pytest.mark.parametrize("size, theta", [(7, 0.3), (1000, None), (40, 0.0)])
+def test_what_the_cache_finds_most_probable(metric, size, theta, monkeypatch):
+    """Against the distribution over all tokens, one token at a time in float64."""
+    monkeypatch.setattr(continuous_cache, "_MAX_PRODUCTS", 900)
+    monkeypatch.setattr(continuous_cache, "_MIN_ROWS", 3)
+    (states, targets), types, resets = make_text(120, types=9), 9, (0, 60)
+    thetas = None if theta is None else [theta]
+    cache, same = (ContinuousCache([size], thetas, metric) for _ in range(2))
+    scale = theta if theta is not None else (0.5 if metric == "l2" else 1) / math.sqrt(8)
+    parts = []
+    for a, b in ((0, 50), (50, 120)):
+        within = [row - a for row in resets if a <= row < b]
+        parts.append(cache.log_probs_and_top(states[a:b], targets[a:b], 5, within))
+        ((log_p,),) = same.log_probs(states[a:b], targets[a:b], within)
+        torch.testing.assert_close(parts[-1][0], log_p, equal_nan=True)
+    _, top, ids = map(torch.cat, zip(*parts))
+    of_all = np.stack([
+        one_token_at_a_time(states, targets, size, scale, metric, resets, predicted=token)
+        for token in range(types)
+    ])  # fmt: skip
+    for row, (found, of_row) in enumerate(zip(top.exp().numpy(), np.exp(of_all.T))):
+        expected = np.sort(np.nan_to_num(of_row))[::-1][:5]
+        np.testing.assert_allclose(found, expected, rtol=2e-4, atol=1e-6)
+        there = found > 0
+        np.testing.assert_allclose(found[there], of_row[ids[row].numpy()[there]], rtol=2e-4)
+    assert not top[[0, 60]].isfinite().any()  # the cache is empty
+
+
+def test_what_is_most_probable_is_of_one_size_and_one_theta():
+    states, targets = make_text(3)
+    for several in (ContinuousCache([1, 2]), ContinuousCache([1], [0.1, 0.2])):
+        with pytest.raises(UserError, match="one size and one theta"):
+            several.log_probs_and_top(states, targets, 5)
+
+
 def in_pieces(cache, states, targets, bounds, resets=()):
     """log p_cache of a text that comes in pieces."""
     pieces = [

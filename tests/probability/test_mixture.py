@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from fairseq_knnlm.errors import UserError
-from fairseq_knnlm.probability.mixture import mix
+from fairseq_knnlm.probability.mixture import mix, weights_of_rows
 
 INF, NAN = math.inf, math.nan
 
@@ -200,3 +200,35 @@ def test_no_rows(shape, as_weight):
     nothing = torch.empty(shape)
     mixed = mix(nothing, nothing, nothing, as_weight(0.3), as_weight(0.2))
     assert mixed.shape == shape and mixed.dtype == torch.float32
+
+
+# -- the weights of each row -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "knn_lambda, cache_lambda", [(0.3, 0.2), (0.0, 0.4), (1.0, 0.0), (0.6, 0.4)]
+)
+@pytest.mark.parametrize("per_row", [False, True])
+def test_weights_of_rows_are_those_of_the_mixture(knn_lambda, cache_lambda, per_row):
+    """Also where one memory, the other or both have nothing to say."""
+    rng = np.random.default_rng(1)
+    p = rng.random((3, 200))
+    p[1, 20:60] = p[2, 40:90] = NAN
+    p[1, 100:120] = 0.0
+    if per_row:
+        knn_lambda, cache_lambda = (
+            torch.full((200,), weight, dtype=torch.float64) for weight in (knn_lambda, cache_lambda)
+        )
+    mixture = (*torch.from_numpy(p).float().log(), knn_lambda, cache_lambda)
+    weights = weights_of_rows(*mixture).numpy()
+    np.testing.assert_allclose(weights.sum(axis=1), 1.0)
+    assert (weights >= 0).all()
+    assert not weights[20:60, 1].any() and not weights[40:90, 2].any()
+    expected = (weights.T * np.nan_to_num(p)).sum(axis=0)
+    np.testing.assert_allclose(mix(*mixture).exp().numpy(), expected, rtol=1e-5)
+
+
+def test_weights_of_rows_without_memories():
+    log_p = torch.tensor([-1.0, -2.0])
+    assert weights_of_rows(log_p).tolist() == [[1.0, 0.0, 0.0]] * 2
+    assert weights_of_rows(log_p, log_p, knn_lambda=0.25).tolist() == [[0.75, 0.25, 0.0]] * 2

@@ -55,6 +55,22 @@ def test_bounds_of_a_perplexity_are_those_of_its_change(scores):
         assert shown[f"perplexity_{name}"] == pytest.approx(bound, rel=2e-3)
 
 
+def test_a_perplexity_of_words_is_that_of_their_sums(scores):
+    """Words of one and of three tokens; documents begin with words."""
+    starts = np.unique(np.append(np.arange(0, ROWS, 4), np.arange(1, ROWS, 4)))
+    documents = np.arange(0, ROWS, 500)
+    log_p_lm, mixed = map(torch.from_numpy, scores)
+    data = TuningData(log_p_lm, None, None, None, documents)
+    shown = perplexity_with_bounds(data, mixed, starts)
+    words = [[of[a:b].sum() for a, b in zip(starts, [*starts[1:], ROWS])] for of in scores]
+    assert shown["perplexity"] == pytest.approx(np.exp(-np.mean(words[1])))
+    expected = paired_interval(*map(np.array, words), documents // 2)
+    base = np.exp(-np.mean(words[0]))
+    for name in ("low", "high"):
+        bound = base * (1 + getattr(expected, name))
+        assert shown[f"perplexity_{name}"] == pytest.approx(bound, rel=4e-3)
+
+
 def test_documents_of_some_rows():
     rows, starts = np.array([1, 2, 7, 8, 30]), np.array([0, 5, 10, 20, 40])
     # the third document has none of them, the last neither

@@ -34,6 +34,8 @@ def summary(study, *splits, units=15):
     change = {"value": -0.25, "low": low, "high": high, "units": units, "unit": "documents"}
     result = {
         "tokens": ROWS,
+        "counted": ROWS,
+        "bytes": None,
         "base_perplexity": 12.0,
         "cache_perplexity": 10.0,
         "cache_change": change,
