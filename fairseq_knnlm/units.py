@@ -3,6 +3,16 @@
 _SIZES = ("bytes", "kB", "MB", "GB", "TB", "PB")
 
 
+class Count(int):
+    """A number of things, which fairseq's progress bars print in all its digits: 1245184.
+
+    Of any other number they print six: 1.24518e+06.
+    """
+
+    def __format__(self, spec: str) -> str:
+        return format(int(self), "d" if spec == "g" else spec)
+
+
 def in_bytes(size: float) -> str:
     """A size in powers of 1,000, as disks are sold.
 

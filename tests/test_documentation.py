@@ -42,7 +42,10 @@ STOCK_COMMANDS = {
     "fairseq-interactive": options.get_interactive_generation_parser,
 }
 # Flags of other programs, pip and ruff, that the documents show, and what no parser lists.
-FOREIGN_FLAGS = {"--no-build-isolation", "--check", "--help", "--help-all"}
+FOREIGN_FLAGS = {
+    *("--no-build-isolation", "--check", "--help", "--help-all"),
+    "--sentencepiece-model",  # fairseq has it where --bpe sentencepiece is given
+}
 
 # Not of wildcards such as --knn-*.
 FLAG = r"(?<![\w-])--[a-z0-9]+(?:-[a-z0-9]+)*(?![\w*-])"

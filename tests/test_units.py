@@ -1,8 +1,9 @@
 """Sizes and durations as people write them."""
 
 import pytest
+from fairseq.logging import progress_bar
 
-from fairseq_knnlm.units import in_bytes, in_time
+from fairseq_knnlm.units import Count, in_bytes, in_time
 
 
 @pytest.mark.parametrize(
@@ -44,3 +45,12 @@ def test_sizes(size, text):
 )
 def test_durations(seconds, text):
     assert in_time(seconds) == text
+
+
+def test_counts_are_printed_in_all_their_digits(caplog):
+    with caplog.at_level("INFO"):
+        bar = progress_bar.SimpleProgressBar(range(2), prefix="dump", log_interval=1)
+        for number in bar:
+            bar.log({"entries": Count(1_245_184 + number)}, step=number)
+        assert Count(3) + 1 == 4 and f"{Count(12_345):,}" == "12,345"
+    assert "entries=1245184" in caplog.text

@@ -28,6 +28,7 @@ from ..options import DEFAULT_METRIC
 from ..plugin.results import description, write_results
 from ..scoring.in_effect import DEFAULT, GIVEN, settings_line
 from ..search.index_factory import default_index_factory, refuse_unbuildable
+from ..units import Count
 from .command_line import (
     context_settings,
     make_eval_parser,
@@ -195,7 +196,7 @@ def _samples_with_progress(cfg, task, blocks, chunks: dict):
     for number, sample in zip(chunks, progress):
         yield sample
         entries += sample["ntokens"]
-        progress.log({"entries": entries}, tag="dump", step=number)
+        progress.log({"entries": Count(entries)}, tag="dump", step=number)
 
 
 def _samples(cfg, task, blocks, chunks):

@@ -16,6 +16,7 @@ from ..scoring.text_bytes import TextBytes
 from ..scoring.words import Words
 from ..tuning.collect import collect
 from ..tuning.tuning_data import TuningData, load, refuse_other, save
+from ..units import Count
 from .command_line import Outputs, context_settings, with_progress
 from .loading import Loaded, evaluation_samples, load_split
 
@@ -145,6 +146,6 @@ class SplitData:
             self._keep_queries,
             self._cfg.eval_lm.softmax_batch,
             lambda tokens: progress.log(
-                {"tokens": tokens}, tag=f"retrieve_{self.split}", step=next(steps)
+                {"tokens": Count(tokens)}, tag=f"retrieve_{self.split}", step=next(steps)
             ),
         )

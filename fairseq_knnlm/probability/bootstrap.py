@@ -98,19 +98,20 @@ def _refuse_impossible(first, second, document_starts: np.ndarray, resamples: in
         raise UserError(f"paired_interval: {'; '.join(faults)}")
 
 
-def in_words(change: Interval, decimals: int = 2) -> str:
+def in_words(change: Interval, decimals: int = 2, counted: str = "tokens") -> str:
     """The bounds of a change and what they are of, or why there are none.
 
     Args:
         change (Interval): from ``paired_interval``.
         decimals (int): of the percentages.
+        counted (str): what perplexity is of, and so what blocks are cut of.
 
     Returns:
         str: ``95% interval [-9.20%, -5.21%] (13 documents)``.
     """
     of = f"{change.units:,} {change.unit}"
     if change.unit == "blocks":
-        of += f" of {BLOCK_TOKENS:,} tokens, for want of {MIN_UNITS} documents"
+        of += f" of {BLOCK_TOKENS:,} {counted}, for want of {MIN_UNITS} documents"
     if change.low is None:
         return f"no 95% interval (too few: {of})"
     bounds = ", ".join(f"{bound:+.{decimals}%}" for bound in (change.low, change.high))

@@ -78,7 +78,7 @@ def _interval_note(results: dict) -> str:
     change = results.get("reported_on", results["tuned_on"])["relative_change"]
     drawn_from = units(change)
     if change["unit"] == "blocks":
-        drawn_from += f" of {BLOCK_TOKENS:,} tokens"
+        drawn_from += f" of {BLOCK_TOKENS:,} {_unit(results)}"
     if change["low"] is not None:
         return f"Intervals are of the paired bootstrap over the {drawn_from} of {results['split']}."
     return (

@@ -192,14 +192,14 @@ def measure(
         result[change_of(name)] = change._asdict()
         logger.info(
             f"{split}: {result[f'{name}_perplexity']:.2f} {METHODS[name]}: {change.value:+.2%}, "
-            f"{bootstrap.in_words(change)}"
+            f"{bootstrap.in_words(change, counted=unit)}"
         )
     if "knn_cache" in log_probs:
         change = paired_interval(log_probs["knn"], log_probs["knn_cache"], documents)
         result[BESIDES] = change._asdict()
         logger.info(
             f"{split}: what the cache adds to neighbours: {change.value:+.2%}, "
-            f"{bootstrap.in_words(change)}"
+            f"{bootstrap.in_words(change, counted=unit)}"
         )
     return result
 
