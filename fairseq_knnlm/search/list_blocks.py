@@ -1,12 +1,10 @@
 """The queries and keys of one inverted list, cut into matrices that stay in a core's cache."""
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-
-from . import near_pairs
 
 # Elements of a matrix of keys or of products, which then stays in a core's cache.
 _BLOCK = 1 << 20
@@ -48,6 +46,11 @@ def _step(count: int) -> int:
     return max(_ROWS_STEP, (1 << count.bit_length() - 1) // _SIZES_OF_OCTAVE)
 
 
+def elements_of_products(columns: int) -> int:
+    """The most elements of a matrix of queries of a block, of *columns*, or of its products."""
+    return max(_BLOCK, _ROWS_STEP * max(columns, _MAX_KEYS_OF_BLOCK))
+
+
 def first_elements(buffer: torch.Tensor, *shape: int) -> torch.Tensor:
     """The first elements of a flat buffer, as a matrix of that shape."""
     return buffer[: math.prod(shape)].view(shape)
@@ -81,34 +84,12 @@ class Scratch(NamedTuple):
 
     stored (ndarray): keys as they are stored.
     keys (ndarray): the same, float32.
-    right (Tensor): their side of a product; columns that are never written to are 0.
-    left, products (Tensor): shape (elements,).
+    of_products: see ``near_pairs.Products``.
     """
 
     stored: np.ndarray
     keys: np.ndarray
-    right: torch.Tensor
-    left: torch.Tensor
-    products: torch.Tensor
-
-    @classmethod
-    def make(cls, count: int, dimension: int, columns: int, key_dtype, product_dtype) -> "Scratch":
-        """Memory for blocks of keys.
-
-        Args:
-            count (int): keys of a block.
-            dimension (int): D of the keys.
-            columns (int): of the matrices that are multiplied.
-            key_dtype (numpy.dtype): of the stored keys.
-            product_dtype (torch.dtype): of the matrices.
-        """
-        elements = max(_BLOCK, _ROWS_STEP * max(columns, _MAX_KEYS_OF_BLOCK))
-        return cls(
-            np.empty((count, dimension), key_dtype),
-            np.empty((count, dimension), np.float32),
-            torch.zeros(count, columns, dtype=product_dtype),
-            *(torch.zeros(elements, dtype=product_dtype) for _ in range(2)),
-        )
+    of_products: Any
 
 
 class Block(NamedTuple):
@@ -119,7 +100,7 @@ class Block(NamedTuple):
     first (int): place of the first of the keys in their list.
     ids (ndarray): shape (m,), the keys.
     keys (ndarray): shape (m, D), float32.
-    products (Tensor): shape (n, at least m), of the rows of ``near_pairs``. Columns beyond m are 0.
+    products (Tensor): shape (n, at least m), of ``near_pairs.Products``. Columns beyond m are 0.
     """
 
     number: int
@@ -132,7 +113,7 @@ class Block(NamedTuple):
 
     def near(self) -> tuple[np.ndarray, np.ndarray]:
         """Pairs that are near: for each the number of its query in the block, and of its key."""
-        near = near_pairs.are_near(self.products)
+        near = are_near(self.products)
         # Eight pairs are looked at together, because in most eights no pair is near. It takes half
         # the time of np.flatnonzero(near).
         eights = near.reshape(-1).view(np.uint64)
@@ -141,6 +122,12 @@ class Block(NamedTuple):
         places = (hits << 3)[within >> 3] + (within & 7)
         rows = places // near.shape[1]
         return rows, places - rows * near.shape[1]
+
+
+def are_near(products: torch.Tensor) -> np.ndarray:
+    """Which products are negative, a bool array of their shape."""
+    integers = torch.int16 if products.dtype == torch.bfloat16 else torch.int32
+    return products.view(integers).numpy() < 0
 
 
 class Groups:

@@ -21,19 +21,20 @@ from numpy.lib.stride_tricks import sliding_window_view
 
 from ..neighbors import Neighbors
 from ..progress import track
-from . import near_pairs
+from .float_products import columns
 from .inverted_lists import InvertedLists, pair_distances
 from .list_blocks import (
     Block,
     Groups,
     Scratch,
     Workspace,
-    first_elements,
     keys_of_block,
     padded,
     queries_of_block,
 )
+from .near_pairs import center_of
 from .nearest import SAMPLE, Nearest, capacity, sampled_rank
+from .product_type import choose_products
 from .searcher import Batch, CheckRows, as_array, gather, trust, with_values
 from .threads import one_thread_each, slices
 
@@ -66,10 +67,10 @@ class ListSearch:
         self._lists = lists
         self._metric = metric
         self._pair_distances = pair_distances(metric)
-        self._dtype = near_pairs.rounded_type()
-        self._columns = near_pairs.columns(keys.shape[1])
-        self._keys_of_block = keys_of_block(self._columns)
-        self._center = near_pairs.center_of(self._keys, metric, check_rows)
+        self._keys_of_block = keys_of_block(columns(keys.shape[1]))
+        typical = min(self._keys_of_block, max(1, int(lists.sizes.mean())))
+        self._products = choose_products(metric, keys.shape[1], typical)
+        self._center = center_of(self._keys, metric, check_rows)
         self._of_thread = threading.local()
         self._workspace = Workspace()
 
@@ -155,15 +156,14 @@ class ListSearch:
         nearest.sort(pool)
         return nearest
 
-    def _query_sides(self, queries, limits, pool, rounding=True) -> torch.Tensor:
+    def _query_sides(self, queries, limits, pool, rounding=True):
         """The left side of every product of a search."""
-        sides = torch.zeros(len(queries), self._columns, dtype=self._dtype)
+        sides = self._products.query_sides(queries)
 
         def write(rows):
-            part = queries[rows], limits[rows]
-            near_pairs.write_queries(sides[rows], *part, self._metric, rounding)
+            self._products.write_queries(sides, rows, limits, rounding)
 
-        list(pool.map(write, slices(*sides.shape)))
+        list(pool.map(write, slices(*queries.shape)))
         return sides
 
     def _each_block(self, visit: Callable, sides, probes, stride: int, pool) -> None:
@@ -185,34 +185,31 @@ class ListSearch:
         scratch = self._scratch()
         for first in range(0, len(ids), self._keys_of_block):
             block_ids = ids[first : first + self._keys_of_block]
-            keys, right = self._read(block_ids, scratch)
-            step = queries_of_block(max(right.shape), len(rows))
+            keys = self._read(block_ids, scratch)
+            right = self._products.write_keys(scratch.of_products, keys)
+            width = max(padded(len(keys)), columns(keys.shape[1]))
+            step = queries_of_block(width, len(rows))
             for begin in range(0, len(rows), step):
                 part = slice(begin, begin + step)
-                count = len(rows[part])
-                left = first_elements(scratch.left, padded(count), self._columns)
-                torch.index_select(sides, 0, torch.from_numpy(rows[part]), out=left[:count])
-                products = first_elements(scratch.products, len(left), len(right))
-                torch.mm(left, right.t(), out=products)
-                yield Block(
-                    number, rows[part], slots[part], first, block_ids, keys, products[:count]
-                )
+                products = self._products.multiply(scratch.of_products, sides, rows[part], right)
+                yield Block(number, rows[part], slots[part], first, block_ids, keys, products)
 
-    def _read(self, ids: np.ndarray, scratch: Scratch) -> tuple[np.ndarray, torch.Tensor]:
-        """Keys in float32, relative to the center, and the right side of their products."""
+    def _read(self, ids: np.ndarray, scratch: Scratch) -> np.ndarray:
+        """Keys in float32, relative to the center."""
         self._check_rows(ids)
         stored, keys = scratch.stored[: len(ids)], scratch.keys[: len(ids)]
         self._keys.take(ids, axis=0, out=stored, mode="clip")
         torch.from_numpy(keys).copy_(torch.from_numpy(stored))  # numpy converts slower
         if self._metric == "l2":
             keys -= self._center
-        right = scratch.right[: padded(len(ids))]
-        near_pairs.write_keys(right[: len(ids)], keys, self._metric)
-        right[len(ids) :] = 0
-        return keys, right
+        return keys
 
     def _scratch(self) -> Scratch:
         if not hasattr(self._of_thread, "scratch"):
-            size = self._keys_of_block, self._keys.shape[1], self._columns
-            self._of_thread.scratch = Scratch.make(*size, self._keys.dtype, self._dtype)
+            shape = self._keys_of_block, self._keys.shape[1]
+            self._of_thread.scratch = Scratch(
+                np.empty(shape, self._keys.dtype),
+                np.empty(shape, np.float32),
+                self._products.scratch(self._keys_of_block),
+            )
         return self._of_thread.scratch

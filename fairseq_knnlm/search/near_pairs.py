@@ -1,90 +1,108 @@
-"""Which keys lie within a limit of which queries: one product of two rounded matrices.
+"""Which keys lie within a limit of which queries: products of rounded vectors.
 
-A query and a key are near if their distance is not above the query's limit. Each gets a row of a
-matrix such that the product of the two rows is their distance less the limit, less all that
-rounding can have added: a product that is not negative belongs to a pair that is not near. With q'
-and k' for q and k rounded to bfloat16, squared L2 is at least (Cauchy-Schwarz)
+A query and a key are near if their distance is not above the query's limit. What is computed of a
+pair is their distance less the limit, less all that rounding can have added: a pair of which this
+is not negative is not near. With q' and k' for q and k rounded, squared L2 is at least
+(Cauchy-Schwarz)
 
-    |q|^2 - 2 q'k' + |k|^2  -  2 (|q - q'| + |q'| / 2^8) |k|
+    |q|^2 - 2 q'k' + |k|^2  -  2 (|q - q'| |k| + |q'| |k - k'|)
 
-and the terms of this are those of a product of rows of D + 7 numbers. Minus the inner product has
-the same form. Where only the sign is read, the product may be rounded too: that keeps its sign.
+and minus the inner product has the same form. ``float_products`` computes it as one product of two
+matrices, ``integer_products`` from one of 8-bit integers.
 """
+
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
 
 from .searcher import CheckRows, trust
 
-# Beside the D of a key: 3 for a query's own term, 3 for a key's, 1 for rounding.
-_TERMS = 7
 # CPUs multiply matrices in tiles of so many columns.
-_COLUMNS_STEP = 32
-# More than rounding to bfloat16 can take of a number.
-_UP = np.float32(1 + 2.0**-7)
+COLUMNS_STEP = 32
+# More than rounding can take of a number that stands for rounding.
+UP = np.float32(1 + 2.0**-7)
 # Stands for an infinite limit: infinity cannot be split into parts that add up to it.
 _FAR = 1e30
 # The center is the mean of about so many keys.
 _OF_CENTER = 1 << 12
 
 
-def rounded_type() -> torch.dtype:
-    """The type whose products cost least: bfloat16, but where torch has no fast kernels for it."""
-    fast = torch.backends.cpu.get_cpu_capability() == "AVX512"
-    return torch.bfloat16 if fast else torch.float32
+class Products(Protocol):
+    """Compares queries with blocks of keys, all float32 and relative to the center."""
+
+    def query_sides(self, queries: np.ndarray) -> Any:
+        """Memory for what a search keeps of its queries, shape (N, D), float32."""
+
+    def write_queries(self, sides, rows: slice, limits, rounding: bool = True) -> None:
+        """Prepare some of the queries of a search.
+
+        Args:
+            sides: from ``query_sides``.
+            rows (slice): which queries.
+            limits (ndarray): shape (N,), float32, distances; +inf for none.
+            rounding (bool): allow for rounding; without it, products are about the distances.
+        """
+
+    def scratch(self, count: int) -> Any:
+        """Memory for a thread that compares *count* keys at a time, or fewer."""
+
+    def write_keys(self, scratch, keys: np.ndarray) -> Any:
+        """Prepare keys, shape (m, D), float32; gives what ``multiply`` takes, in *scratch*."""
+
+    def multiply(self, scratch, sides, rows: np.ndarray, right) -> torch.Tensor:
+        """Compare queries with keys.
+
+        Args:
+            scratch: of this thread.
+            sides: from ``query_sides``, written.
+            rows (ndarray): shape (n,), int64, which queries.
+            right: from ``write_keys``.
+
+        Returns:
+            Tensor: shape (n, at least m), in *scratch*; negative where a pair can be near, 0 in
+            columns beyond m.
+        """
 
 
-def columns(dimension: int) -> int:
-    """Columns of the rows for keys of *dimension*."""
-    return -(-(dimension + _TERMS) // _COLUMNS_STEP) * _COLUMNS_STEP
+class QueryTerms(NamedTuple):
+    """What of a query's side both kinds of products need, each of shape (n,).
+
+    own (ndarray): |q|^2 for ``l2``, else 0, less the limit, less what sums can add.
+    lengths (ndarray): |q|.
+    """
+
+    own: np.ndarray
+    lengths: np.ndarray
 
 
-def write_queries(rows, queries, limits, metric: str, rounding: bool = True) -> None:
-    """Write the row of each query.
+def query_terms(queries, limits, metric: str, error: float) -> QueryTerms:
+    """The terms of some queries.
 
     Args:
-        rows (Tensor): shape (n, ``columns(D)``), to be written to.
         queries (ndarray): shape (n, D), float32.
-        limits (ndarray): shape (n,), float32, distances; +inf for none.
+        limits (ndarray): shape (n,), float32.
         metric (str): ``l2`` or ``ip``.
-        rounding (bool): allow for rounding; without it, products are about the distances.
+        error (float): from ``sum_error``.
     """
-    factor = 2 if metric == "l2" else 1
-    error = _sum_error(rows)
-    norms = square_norms(queries)
-    own, limits = norms if metric == "l2" else 0, np.minimum(limits, _FAR)
-    terms = np.zeros((len(queries), _TERMS), dtype=np.float32)
-    terms[:, :3] = _parts(own - limits - error * (own + np.abs(limits)))
-    terms[:, 3:6] = 1
-    rounded = torch.from_numpy(queries).to(rows.dtype)
-    if rounding:
-        of_key = torch.finfo(rows.dtype).eps / 2  # the largest relative error of rounding
-        residuals = np.sqrt(square_norms(queries - rounded.float().numpy()))
-        terms[:, 6] = -factor * _UP * (residuals + (of_key + error) * np.sqrt(norms))
-    _write(rows, rounded * -factor, terms)
+    norms, limits = square_norms(queries), np.minimum(limits, _FAR)
+    own = norms if metric == "l2" else np.zeros_like(norms)
+    return QueryTerms(own - limits - error * (own + np.abs(limits)), np.sqrt(norms))
 
 
-def write_keys(rows, keys, metric: str) -> None:
-    """Write the row of each key.
-
-    Args:
-        rows (Tensor): shape (n, ``columns(D)``), to be written to.
-        keys (ndarray): shape (n, D), float32.
-        metric (str): ``l2`` or ``ip``.
-    """
-    norms = square_norms(keys)
-    terms = np.zeros((len(keys), _TERMS), dtype=np.float32)
-    terms[:, :3] = 1
-    if metric == "l2":
-        terms[:, 3:6] = _parts(norms * np.float32(1 - _sum_error(rows)))
-    terms[:, 6] = _UP * np.sqrt(norms)
-    _write(rows, torch.from_numpy(keys), terms)
+def factor_of(metric: str) -> int:
+    """How often minus the inner product is in a distance."""
+    return 2 if metric == "l2" else 1
 
 
-def are_near(products: torch.Tensor) -> np.ndarray:
-    """Which products are negative, a bool array of their shape."""
-    integers = torch.int16 if products.dtype == torch.bfloat16 else torch.int32
-    return products.view(integers).numpy() < 0
+def sum_error(count: int) -> float:
+    """Relative error of a sum in float32 of so many numbers, and of distances computed so."""
+    return count * 2.0**-22
+
+
+def padded_columns(count: int) -> int:
+    """Columns of a matrix that has room for *count*."""
+    return -(-count // COLUMNS_STEP) * COLUMNS_STEP
 
 
 def center_of(keys: np.ndarray, metric: str, check_rows: CheckRows = trust) -> np.ndarray:
@@ -109,23 +127,3 @@ def center_of(keys: np.ndarray, metric: str, check_rows: CheckRows = trust) -> n
 def square_norms(vectors: np.ndarray) -> np.ndarray:
     """Squared norm of each row."""
     return np.einsum("nd,nd->n", vectors, vectors)
-
-
-def _write(rows, vectors, terms: np.ndarray) -> None:
-    dimension = vectors.size(1)
-    rows[:, :dimension] = vectors
-    rows[:, dimension : dimension + _TERMS] = torch.from_numpy(terms)
-
-
-def _parts(numbers: np.ndarray) -> np.ndarray:
-    """Three numbers for each, that bfloat16 holds and whose sum is exact."""
-    parts = np.empty((len(numbers), 3), dtype=np.float32)
-    for part in parts.T:
-        part[:] = (numbers.view(np.uint32) & np.uint32(0xFFFF0000)).view(np.float32)
-        numbers = numbers - part
-    return parts
-
-
-def _sum_error(rows) -> float:
-    """Relative error of a sum in float32 of so many numbers, and of distances computed so."""
-    return rows.size(1) * 2.0**-22

@@ -19,6 +19,7 @@ from .exact_search import ExactSearch
 from .exhaustive_search import ExhaustiveSearch
 from .index_check import load_checked
 from .index_search import IndexSearch
+from .product_type import forced_type
 from .searcher import Batch, Searcher, as_tensor, gather
 from .several import SeveralSearch
 
@@ -41,8 +42,8 @@ class Retriever:
             GPU where FAISS has one, for exhaustive search the device of the first queries.
 
     Raises:
-        UserError: if an argument cannot be, the datastores do not agree, or there is no such
-            device.
+        UserError: if an argument cannot be, the datastores do not agree, there is no such device,
+            or the environment forces an unknown type of products (``product_type``).
     """
 
     def __init__(
@@ -55,6 +56,7 @@ class Retriever:
     ):
         self.datastores = list(datastores)
         _check_arguments(self.datastores, k, nprobe, distances, device)
+        forced_type()  # refuses an unknown one, before any work
         for datastore in self.datastores:
             require(datastore.path, datastore.manifest, ["metric"], "searching")
         _refuse_differing(self.datastores)

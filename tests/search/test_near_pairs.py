@@ -1,18 +1,15 @@
 """What is near is never missed, and little else is called near, whatever the rounding."""
 
-import types
-
 import numpy as np
 import pytest
-import torch
-from helpers.searching import as_arrays, values_for
 from helpers.small import all_distances
 
-from fairseq_knnlm.search import near_pairs
-from fairseq_knnlm.search.list_search import ListSearch
+from fairseq_knnlm.search import near_pairs, product_type
+from fairseq_knnlm.search.float_products import columns
+from fairseq_knnlm.search.list_blocks import are_near, padded
 
 DIMENSION = 40
-TYPES = (torch.bfloat16, torch.float32)
+TYPES = tuple(product_type.TYPES)
 METRICS = ("l2", "ip")
 
 
@@ -21,14 +18,15 @@ def rng():
     return np.random.default_rng(3)
 
 
-def products(queries, keys, limits, metric, dtype, **settings):
-    left, right = (
-        torch.zeros(len(part), near_pairs.columns(part.shape[1]), dtype=dtype)
-        for part in (queries, keys)
-    )
-    near_pairs.write_queries(left, queries, limits.astype(np.float32), metric, **settings)
-    near_pairs.write_keys(right, keys, metric)
-    return left @ right.t()
+def products(queries, keys, limits, metric, name, rounding=True):
+    """What is computed of all pairs, shape (queries, keys)."""
+    compared = product_type.products_of(name, metric, queries.shape[1])
+    sides, scratch = compared.query_sides(queries), compared.scratch(padded(len(keys)))
+    compared.write_queries(sides, slice(None), limits.astype(np.float32), rounding)
+    right = compared.write_keys(scratch, keys)
+    found = compared.multiply(scratch, sides, np.arange(len(queries)), right)
+    assert not are_near(found[:, len(keys) :]).any()
+    return found[:, : len(keys)]
 
 
 def some_vectors(rng, count):
@@ -46,7 +44,7 @@ def test_a_pair_at_the_limit_is_near(rng, dtype, metric):
     keys[:10] = queries[:10]
     exact = all_distances(queries, keys, metric)
     for column, limits in enumerate(exact.T):
-        near = near_pairs.are_near(products(queries, keys, limits, metric, dtype))
+        near = are_near(products(queries, keys, limits, metric, dtype))
         assert near[exact <= limits[:, None]].all()
         assert near[:, column].all()
 
@@ -57,10 +55,10 @@ def test_a_pair_that_rounding_parts_most_is_near(rest, sign, metric):
     # every number is almost half way between two of bfloat16, and all errors add up
     queries = np.full((1, DIMENSION), 1 + rest * 2.0**-8, dtype=np.float32)
     limits = all_distances(queries, sign * queries, metric)[0]
-    found = products(queries, sign * queries, limits, metric, torch.bfloat16)
-    assert near_pairs.are_near(found).all()
-    without = products(queries, sign * queries, limits, metric, torch.bfloat16, rounding=False)
-    assert not near_pairs.are_near(without).any()
+    found = products(queries, sign * queries, limits, metric, "bfloat16")
+    assert are_near(found).all()
+    without = products(queries, sign * queries, limits, metric, "bfloat16", rounding=False)
+    assert not are_near(without).any()
 
 
 @pytest.mark.parametrize("metric", METRICS)
@@ -70,8 +68,8 @@ def test_rounding_of_what_allows_for_rounding_is_allowed_for(rest, sign, metric)
     for dimension in range(1, 100):
         queries = np.full((1, dimension), 1 + rest * 2.0**-8, dtype=np.float32)
         limits = all_distances(queries, sign * queries, metric)[0]
-        found = products(queries, sign * queries, limits, metric, torch.bfloat16)
-        assert near_pairs.are_near(found).all(), dimension
+        found = products(queries, sign * queries, limits, metric, "bfloat16")
+        assert are_near(found).all(), dimension
 
 
 @pytest.mark.parametrize("metric", METRICS)
@@ -83,19 +81,21 @@ def test_parallel_vectors_at_the_limit_are_near(rng, dtype, metric, dimension):
     for factor in (1.0, -1.0, 0.01, 100.0):
         keys = np.float32(factor) * queries
         limits = np.diag(all_distances(queries, keys, metric)).astype(np.float32)
-        near = near_pairs.are_near(products(queries, keys, limits, metric, dtype))
+        near = are_near(products(queries, keys, limits, metric, dtype))
         assert near.diagonal().all(), factor
 
 
 @pytest.mark.parametrize("metric", METRICS)
-@pytest.mark.parametrize("dtype, room", [(torch.bfloat16, 0.04), (torch.float32, 0.001)])
+@pytest.mark.parametrize("dtype, room", [("bfloat16", 0.04), ("float32", 0.001), ("int8", 0.06)])
 def test_what_is_well_beyond_the_limit_is_not_near(rng, dtype, room, metric):
     queries, keys = some_vectors(rng, 60), some_vectors(rng, 80)
     exact = all_distances(queries, keys, metric)
-    lengths = np.linalg.norm(queries, axis=1)[:, None] * np.linalg.norm(keys, axis=1)
+    # the integers are of keys relative to their mean
+    mean = np.linalg.norm(keys.mean(axis=0)) if dtype == "int8" else 0
+    lengths = np.linalg.norm(queries, axis=1)[:, None] * (np.linalg.norm(keys, axis=1) + mean)
     squares = (queries**2).sum(axis=1)[:, None] + (keys**2).sum(axis=1)
     for limits in exact.T[:20]:
-        near = near_pairs.are_near(products(queries, keys, limits, metric, dtype))
+        near = are_near(products(queries, keys, limits, metric, dtype))
         beyond = exact > limits[:, None] + room * lengths + 0.001 * (squares + abs(limits[:, None]))
         assert beyond.any() and not near[beyond].any()
 
@@ -104,7 +104,7 @@ def test_what_is_well_beyond_the_limit_is_not_near(rng, dtype, room, metric):
 def test_without_a_limit_all_are_near(rng, dtype):
     queries, keys = some_vectors(rng, 9), some_vectors(rng, 11)
     found = products(queries, keys, np.full(9, np.inf), "l2", dtype)
-    assert near_pairs.are_near(found).all() and not near_pairs.are_near(-found).any()
+    assert are_near(found).all() and not are_near(-found).any()
 
 
 @pytest.mark.parametrize("metric", METRICS)
@@ -118,8 +118,8 @@ def test_without_rounding_and_limit_products_are_about_the_distances(rng, dtype,
 
 def test_rows_have_room_for_a_vector_and_its_terms():
     for dimension in range(1, 500):
-        columns = near_pairs.columns(dimension)
-        assert dimension + 7 <= columns < dimension + 7 + 32 and columns % 32 == 0
+        count = columns(dimension)
+        assert dimension + 7 <= count < dimension + 7 + 32 and count % 32 == 0
 
 
 @pytest.mark.parametrize("count", [1, 9000])
@@ -129,22 +129,3 @@ def test_the_center_is_about_the_mean(rng, count):
     assert center.shape == (5,) and center.dtype == np.float32
     np.testing.assert_allclose(center, keys.astype(np.float64).mean(axis=0), rtol=1e-3, atol=0.1)
     assert not near_pairs.center_of(keys, "ip").any()
-
-
-def test_a_search_finds_the_same_with_either_type(rng, monkeypatch):
-    keys = rng.normal(size=(3000, DIMENSION)).astype(np.float16)
-    queries = rng.normal(size=(200, DIMENSION)).astype(np.float32)
-    probes = np.zeros((len(queries), 1), dtype=int)
-
-    lists = types.SimpleNamespace(
-        sizes=np.array([len(keys)]),
-        ids=lambda number: np.arange(len(keys)),
-        probes=lambda queries: probes,
-    )
-    found = []
-    for dtype in TYPES:
-        monkeypatch.setattr(near_pairs, "rounded_type", lambda dtype=dtype: dtype)
-        search = ListSearch(keys, values_for(len(keys)), "l2", lists=lists)
-        found.append(as_arrays(search.search(torch.from_numpy(queries), 30)))
-    for one, other in zip(*found):
-        assert np.array_equal(one, other)
