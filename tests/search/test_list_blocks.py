@@ -4,17 +4,17 @@ import numpy as np
 import pytest
 import torch
 
-from fairseq_knnlm.search import near_pairs
+from fairseq_knnlm.search.float_products import columns
 from fairseq_knnlm.search.list_blocks import (
     Block,
     Groups,
-    Scratch,
     Workspace,
     first_elements,
     keys_of_block,
     padded,
     queries_of_block,
 )
+from fairseq_knnlm.search.product_type import TYPES, products_of
 
 
 def test_matrices_have_few_heights_and_little_that_is_empty():
@@ -26,23 +26,29 @@ def test_matrices_have_few_heights_and_little_that_is_empty():
     assert len(set(heights)) < 40
 
 
+@pytest.mark.parametrize("name", TYPES)
 @pytest.mark.parametrize("dimension", [1, 24, 500, 1024, 5000, 70_000])
-def test_a_block_fits_in_its_memory(dimension):
-    columns = near_pairs.columns(dimension)
-    count = keys_of_block(columns)
-    scratch = Scratch.make(count, dimension, columns, np.float16, torch.float32)
-    assert scratch.stored.shape == scratch.keys.shape == (count, dimension)
-    assert scratch.stored.dtype == np.float16 and scratch.keys.dtype == np.float32
-    assert scratch.right.shape == (count, columns) and not scratch.right.any()
+def test_a_block_fits_in_its_memory(dimension, name):
+    count = keys_of_block(columns(dimension))
+    scratch = products_of(name, "l2", dimension).scratch(count)
+    if name == "int8":
+        width = scratch.right.integers.size(1)
+        assert len(scratch.right.terms) == len(scratch.right.factors) == count
+        assert len(scratch.right.integers) == count and width >= dimension
+    else:
+        assert scratch.right.shape == (count, columns(dimension)) and not scratch.right.any()
+        width = columns(dimension)
     for keys in {1, 64, min(100, count), count}:
-        width = max(columns, padded(keys))
         assert padded(keys) <= count
         for queries in (1, 70, 10**6):
-            rows = queries_of_block(width, queries)
+            rows = queries_of_block(max(columns(dimension), padded(keys)), queries)
             assert 0 < rows <= queries
-            left = first_elements(scratch.left, padded(rows), columns)
-            assert left.shape == (padded(rows), columns)
-            assert first_elements(scratch.products, padded(rows), padded(keys)).is_contiguous()
+            matrices = {"left": width, "products": padded(keys)}
+            if name == "int8":
+                matrices.update(vectors=dimension, integers=padded(keys))
+            for matrix, size in matrices.items():
+                found = first_elements(getattr(scratch, matrix), padded(rows), size)
+                assert found.shape == (padded(rows), size) and found.is_contiguous()
 
 
 def test_memory_is_used_again_and_grows():
