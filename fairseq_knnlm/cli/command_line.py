@@ -17,6 +17,7 @@ from ..errors import UserError
 from ..plugin.bars import in_bars
 from ..plugin.commands import closing_text
 from ..plugin.config import datastore_paths
+from ..plugin.spinning import spin_little
 from ..plugin.stock_flags import refuse_impossible_shards
 from ..progress import shown_by
 from .help import asked_for, help_text
@@ -86,6 +87,7 @@ def run_command(parser, main: Callable, argv: Optional[list[str]] = None) -> Non
         return
     configure_logging()
     silence()
+    spin_little()
     with ending_with_text():
         args = options.parse_args_and_arch(parser, input_args=argv)
         cfg = convert_namespace_to_omegaconf(args)

@@ -6,6 +6,7 @@ from fairseq import distributed_utils, options
 from fairseq.dataclass.utils import convert_namespace_to_omegaconf
 from fairseq_cli import eval_lm
 
+from ..plugin.spinning import spin_little
 from ..plugin.stock_flags import refuse_impossible_shards
 from .command_line import USER_DIR, configure_logging, ending_with_text, make_eval_parser
 from .help import asked_for, help_text
@@ -29,6 +30,7 @@ def main(argv=None):
         return
     configure_logging()
     silence()
+    spin_little()
     without_configuration(eval_lm.logger.name)
     # In front: flags that are typed count.
     arguments = ["--user-dir", USER_DIR, "--task", "knnlm_lm", *typed]

@@ -52,7 +52,7 @@ def end_with_text() -> None:
     status stays 1. In every other program, such as a script that imports this package, the hook is
     left alone. Calling this again changes nothing.
     """
-    if _command_of_fairseq() is not None and not isinstance(sys.excepthook, _TextHook):
+    if is_command() and not isinstance(sys.excepthook, _TextHook):
         sys.excepthook = _TextHook(sys.excepthook)
 
 
@@ -152,6 +152,11 @@ def runs(command: str) -> bool:
         command (str): as ``running_names`` takes it.
     """
     return _command_of_fairseq() == command
+
+
+def is_command() -> bool:
+    """Whether this process is a command of fairseq, and not a script that imports this package."""
+    return _command_of_fairseq() is not None
 
 
 def _command_of_fairseq() -> Optional[str]:

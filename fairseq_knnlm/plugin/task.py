@@ -30,7 +30,7 @@ from ..scoring.in_effect import InEffect
 from ..scoring.recorder import TokenRecorder
 from ..scoring.scorer import KNNScorer, make_scorer
 from .binarised import read_as, refuse_damaged_split
-from .commands import end_with_text
+from .commands import end_with_text, is_command
 from .compat import allow_plain_data, numpy_compat
 from .config import KNNLMConfig, check_settings, unused_neighbor_flags
 from .eval_lm_patch import use_scorer
@@ -38,6 +38,7 @@ from .generation import make_memories, refuse_generation
 from .generator import KNNGenerator, KNNModel, ReferenceScorer
 from .opening import open_datastores, refuse_other_decoders, refuse_other_models
 from .results import evaluation_output
+from .spinning import spin_little
 from .unknown_words import warn_of_unknown_words
 
 logger = logging.getLogger(__name__)
@@ -46,6 +47,8 @@ logger = logging.getLogger(__name__)
 allow_plain_data()
 # The first process of a command over several GPUs makes no task, so this is done here.
 end_with_text()
+if is_command():
+    spin_little()
 
 
 @register_task("knnlm_lm", dataclass=KNNLMConfig)
