@@ -18,13 +18,13 @@ import torch
 
 from .searcher import CheckRows, trust
 
-# CPUs multiply matrices in tiles of so many columns.
+# CPUs multiply matrices in tiles of this many columns.
 COLUMNS_STEP = 32
 # More than rounding can take of a number that stands for rounding.
 UP = np.float32(1 + 2.0**-7)
 # Stands for an infinite limit: infinity cannot be split into parts that add up to it.
 _FAR = 1e30
-# The center is the mean of about so many keys.
+# The center is the mean of about this many keys.
 _OF_CENTER = 1 << 12
 
 
@@ -96,7 +96,7 @@ def factor_of(metric: str) -> int:
 
 
 def sum_error(count: int) -> float:
-    """Relative error of a sum in float32 of so many numbers, and of distances computed so."""
+    """Relative error of a sum in float32 of *count* numbers, and of distances computed so."""
     return count * 2.0**-22
 
 

@@ -32,9 +32,9 @@ FORCED = "FAIRSEQ_KNNLM_PRODUCTS"
 # keys of 256 dimensions and 1,024 neighbours, where 4.8% pass without.
 TYPES = {"float32": 0.0, "bfloat16": 0.0033, "int8": 0.0083}
 
-# So many queries are enough to tell types apart.
+# Queries, as many as are enough to tell types apart.
 _QUERIES = 512
-# The least of so many turns counts: other programs can only lengthen one.
+# Turns that are timed, of which the shortest counts: other programs can only lengthen one.
 _TURNS = 4
 
 
