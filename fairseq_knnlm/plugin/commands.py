@@ -69,8 +69,9 @@ def closing_text(error: BaseException) -> Optional[str]:
     Returns:
         str: of a ``UserError``, raised in this process or in one that it started; of an error of
         the operating system, such as a full disk or a file that must not be read; of whatever ended
-        the loading of a checkpoint, or the start of more processes. None for all other exceptions,
-        which are to keep their traceback.
+        the loading of a checkpoint, or the start of more processes; of flags that a command of
+        fairseq refuses, or input that it cannot read. None for all other exceptions, which are to
+        keep their traceback.
     """
     if isinstance(error, UserError):
         return f"fairseq_knnlm: {error}"
@@ -86,8 +87,10 @@ def closing_text(error: BaseException) -> Optional[str]:
             "fairseq_knnlm: fairseq starts a process for each GPU, and cannot start those of "
             f"--distributed-world-size {asked} (without GPUs see --distributed-no-spawn): {error}"
         )
-    if isinstance(error, OSError):
+    if isinstance(error, OSError) or _is_of_flags(error):
         return f"fairseq_knnlm: {error}"
+    if isinstance(error, UnicodeDecodeError) and runs("interactive"):
+        return f"fairseq_knnlm: the input is no UTF-8 text: {error}"
     if isinstance(error, ProcessRaisedException):
         called = _variables(error, distributed_utils.call_main.__code__)
         path = None if called is None else called["cfg"].common_eval.path
@@ -121,6 +124,14 @@ def _checkpoint_text(paths: Optional[str], kind: str, reason: str) -> str:
         f"fairseq_knnlm: --path {paths} cannot be loaded as a checkpoint: {kind}: "
         f"{reason or 'no reason given'}"
     )
+
+
+def _is_of_flags(error: Exception) -> bool:
+    """Whether a command of fairseq has itself refused flags: it does so by asserts with a text."""
+    if not isinstance(error, AssertionError) or not str(error):
+        return False
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    return os.path.dirname(os.path.realpath(frame.f_code.co_filename)) == _folder()
 
 
 def _variables(error: Exception, code: CodeType) -> Optional[dict]:

@@ -122,6 +122,11 @@ class KNNGenerator(SequenceGenerator):
     def _warn_if_cut(self, size, sample):
         fed = sample["net_input"]["src_tokens"].size(1)
         most = min(int(self.max_len_a * fed + self.max_len_b), self.max_len - 1)
+        if most < self.min_len and not self.match_source_len:
+            raise UserError(
+                f"--min-len {self.min_len} is more than --max-len-a, --max-len-b and the model's "
+                f"longest text leave for a prompt of {size} tokens, which is {most}"
+            )
         if size > most:
             logger.warning(
                 f"a prompt of {size} tokens is cut after {most}, and nothing is generated behind "

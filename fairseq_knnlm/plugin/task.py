@@ -356,6 +356,23 @@ class KNNLMTask(LanguageModelingTask):
 
     # -- generation ----------------------------------------------------------------------------
 
+    def get_batch_iterator(self, *args, **kwargs):
+        """Prompts, or texts to score or to train on, in batches, as fairseq makes them.
+
+        Args:
+            args, kwargs: as in fairseq.
+
+        Raises:
+            UserError: if one is too long for the model, or for a batch.
+        """
+        try:
+            return super().get_batch_iterator(*args, **kwargs)
+        except Exception as error:
+            # fairseq says in words what is too long, in exceptions of no class of their own
+            if type(error) in (Exception, AssertionError) and str(error):
+                raise UserError(f"a text is too long: {error}") from error
+            raise
+
     def build_dataset_for_inference(self, src_tokens, src_lengths, **kwargs):
         """Prompts, or texts to score, as a dataset; on every numpy. Unknown words are warned of.
 

@@ -475,12 +475,51 @@ def test_the_first_memory_is_the_nearest(interact, datastores, data, checkpoints
         (["--constraints"], "--constraints: fairseq has them for translation only"),
         (["--knn-show-neighbors", -1], "--knn-show-neighbors must be >= 0, got -1"),
         (["--knn-lambda", 0, "--knn-show-neighbors", 1], "needs --knn-datastore and --knn-lambda"),
+        (["--beam", 0], "--beam must be >= 1, got 0"),
+        (["--nbest", 0], "--nbest must be >= 1, got 0"),
+        (["--max-len-b", -3], "--max-len-b must be >= 0, got -3"),
+        (["--max-len-a", "inf"], "--max-len-a must be a finite number, got inf"),
+        (["--lenpen", "nan"], "--lenpen must be a finite number, got nan"),
+        (["--temperature", 0], "--temperature must be > 0, got 0"),
+        (["--temperature", "nan"], "--temperature must be a finite number, got nan"),
+        (["--beam", 4, "--diverse-beam-groups", 3], "--diverse-beam-groups must divide --beam 4"),
+        (["--min-len", 25], "--min-len must be at most --max-len-b 24, got 25"),
+        (["--min-len", 40, "--max-len-b", 90], "--min-len 40 is more than"),
+        (["--max-tokens", 3], "a text is too long: .*max_tokens=3"),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )
 def test_what_cannot_be_is_refused(flags, message, interact, datastores):
     with pytest.raises(UserError, match=message):
         interact("plain", "--knn-datastore", datastores["plain"], "--knn-k", 8, *flags)
+
+
+def test_a_prompt_beyond_the_longest_text_is_refused(interact):
+    with pytest.raises(UserError, match="a text is too long: .*=40.*max_positions=32"):
+        interact("plain", prompts=[" ".join(["w1"] * 39)])
+
+
+@pytest.mark.parametrize(
+    "name, flags, prompts, message",
+    [
+        ("interactive", ["--sampling", "--nbest", 2], b"w1\n", "--sampling requires --nbest"),
+        ("interactive", ["--score-reference"], b"w1\n", "--score-reference: fairseq-interactive"),
+        ("interactive", [], b"w1 \xff\n", "the input is no UTF-8 text"),
+        ("generate", ["--tokens-per-sample", 32], b"", "--sample-break-mode must be eos"),
+    ],
+)
+def test_what_a_command_refuses_ends_in_words(
+    name, flags, prompts, message, data, checkpoints, datastores, tmp_path
+):
+    (tmp_path / "prompts").write_bytes(prompts)
+    flags = [*flags, "--input", tmp_path / "prompts"] if name == "interactive" else flags
+    done = run_command(
+        sys.executable, "-m", f"fairseq_cli.{name}", data, "--path", checkpoints["plain"],
+        "--user-dir", USER_DIR, "--task", "knnlm_lm", "--cpu", *NO_THREADS,
+        *with_neighbors(datastores["plain"]), *flags, check=False,
+    )  # fmt: skip
+    assert done.returncode == 1 and "Traceback" not in done.stdout
+    assert message in done.stdout[done.stdout.rindex("fairseq_knnlm: ") :]
 
 
 def test_an_ensemble_is_refused():
