@@ -25,6 +25,10 @@ def test_chunks_cover_every_block_once_in_order(chunk_tokens):
         assert chunk.stop == 100 or sizes[chunk].sum() + sizes[chunk.stop] > chunk_tokens
 
 
+def test_chunks_by_hand():
+    assert plan_chunks([5, 5, 1, 9, 10], 10) == [range(0, 2), range(2, 4), range(4, 5)]
+
+
 def test_no_blocks_no_chunks():
     assert plan_chunks(np.array([]), 10) == []
 
