@@ -128,10 +128,10 @@ def _checkpoint_text(paths: Optional[str], kind: str, reason: str) -> str:
 
 def _is_of_flags(error: Exception) -> bool:
     """Whether a command of fairseq has itself refused flags: it does so by asserts with a text."""
-    if not isinstance(error, AssertionError) or not str(error):
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    if not isinstance(error, AssertionError) or not str(error) or not frames:
         return False
-    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
-    return os.path.dirname(os.path.realpath(frame.f_code.co_filename)) == _folder()
+    return os.path.dirname(os.path.realpath(frames[-1].f_code.co_filename)) == _folder()
 
 
 def _variables(error: Exception, code: CodeType) -> Optional[dict]:

@@ -190,9 +190,10 @@ def test_another_program_and_a_second_call_change_nothing(monkeypatch):
     hook = sys.excepthook
     commands.end_with_text()
     assert sys.excepthook is hook
-    fault = KeyError("other")
-    hook(KeyError, fault, None)
-    assert shown == [(KeyError, fault, None)]
+    faults = [KeyError("other"), AssertionError("of no command of fairseq")]
+    for fault in faults:
+        hook(type(fault), fault, None)
+    assert shown == [(type(fault), fault, None) for fault in faults]
 
 
 def test_the_hook_prints_to_standard_error(monkeypatch, capsys):
