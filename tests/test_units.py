@@ -53,4 +53,4 @@ def test_counts_are_printed_in_all_their_digits(caplog):
         for number in bar:
             bar.log({"entries": Count(1_245_184 + number)}, step=number)
         assert Count(3) + 1 == 4 and f"{Count(12_345):,}" == "12,345"
-    assert "entries=1245184" in caplog.text
+    assert "entries=1245185" in caplog.text
