@@ -68,7 +68,7 @@ def run_pipeline(work, prepare_arguments, max_update, bpe=None):
     datastore = build_datastore(pipeline, *model)
     tuned, report = tune(pipeline, *model, datastore, words)
     found = evaluate(pipeline, *model, datastore, tuned, words)
-    passage = inspect(pipeline, *model, datastore, tuned)
+    passage = inspect(pipeline, *model, datastore, tuned, words)
     pages = {"report": report, "a passage and its memories": passage}
     return read_json(tuned), found, pipeline.seconds, pages
 
@@ -147,7 +147,7 @@ def evaluate(pipeline, data, checkpoint, datastore, tuned, words):
     return found
 
 
-def inspect(pipeline, data, checkpoint, datastore, tuned):
+def inspect(pipeline, data, checkpoint, datastore, tuned, words):
     """The memories behind the first tokens of test; gives the path of the page."""
     passage = pipeline.work / "passage.html"
     tokens = min(PASSAGE_TOKENS, read_json(tuned)["reported_on"]["tokens"])
@@ -156,7 +156,7 @@ def inspect(pipeline, data, checkpoint, datastore, tuned):
         "which memories spoke, for each token of a passage of test",
         [
             *(program("fairseq-knnlm-inspect"), data, "--knn-datastore", datastore),
-            *(*tuned_neighbors(tuned), *evaluation_flags("test", checkpoint)),
+            *(*evaluation_flags("test", checkpoint), "--knn-tuned", *words),
             *("--positions", f"0:{tokens}", "--html", passage),
         ],
         inputs=[

@@ -129,9 +129,10 @@ def lines_of_pieces(valid, test):
 
 def units_in_words(change):
     """What an interval is of, or is not for want of."""
-    units = f"{change['units']:,} {change['unit']} of test"
+    unit = change["unit"] if change["units"] != 1 else change["unit"].rstrip("s")
+    units = f"{change['units']:,} {unit} of test"
     if bounds_of(change) is None:
-        return f"intervals: none, {units} are too few"
+        return f"intervals: none, too few: {units}"
     return f"intervals: paired bootstrap over {units}"
 
 

@@ -63,7 +63,7 @@ def test_no_interval_of_few_units(report):
     lines = list(report.table(report.collect(tuned(**few), EVALUATED, {})))
     rows = [line for line in lines if "%" in line and "95%" not in line]
     assert len(rows) == 4 and all(row.endswith("-30.0%  none") for row in rows)
-    assert "intervals: none, 6 blocks of test are too few" in lines
+    assert "intervals: none, too few: 6 blocks of test" in lines
     lines = list(report.table(report.collect(tuned(), EVALUATED, {})))
     (row,) = (line for line in lines if "+ nearest neighbours  " in line)
     assert row.endswith("-20.0%  -25.0% to -15.0%")
