@@ -117,11 +117,11 @@ def with_interval(change):
 def lines_of_pieces(valid, test):
     """What the table says besides where its perplexities are of words that are several tokens."""
     yield "the same of tokens, pieces of words"
-    for name, _, words in METHODS:
+    for name, words in METHODS.items():
         yield f"  {words:<34}" + "".join(f"{of_tokens(each, name):>9.2f}" for each in (valid, test))
     if None not in (valid["bytes"], test["bytes"]):
         yield "bits per byte of the text"
-        for name, _, words in METHODS:
+        for name, words in METHODS.items():
             bits = "".join(f"{each[f'{name}_bits_per_byte']:>9.3f}" for each in (valid, test))
             yield f"  {words:<34}{bits}"
     yield f"{'words':<36}{valid['counted']:>9,}{test['counted']:>9,}"

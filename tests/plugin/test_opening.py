@@ -4,6 +4,7 @@ import json
 import logging
 import shutil
 
+import numpy as np
 import pytest
 from helpers.commands import build, call, evaluate
 
@@ -129,23 +130,8 @@ def test_the_best_without_a_cache_is_stored_as_well(tuned):
     assert cache["knn_lambda"] != alone["knn_lambda"]
 
 
-def test_inspection_and_generation_take_it(data, checkpoints, tuned, tmp_path, capsys):
-    def look(name):
-        file = tmp_path / f"{name}.json"
-        capsys.readouterr()
-        call(
-            inspect.main, data, "--path", checkpoints["plain"], "--knn-datastore", tuned[name],
-            "--knn-tuned", "--tokens-per-sample", 32, "--cpu", "--positions", "10:20", "--json",
-            file,
-        )  # fmt: skip
-        tokens = json.loads(file.read_text())["tokens"]
-        return [token["p_mixture"] for token in tokens], lines_of(capsys.readouterr().out)
-
-    (alone, lines), (cache, more) = look("alone"), look("cache")
-    assert alone == cache
-    assert more == [
-        *lines, "tuned with a continuous cache, which is not used here: the best without it",
-    ]  # fmt: skip
+def test_generation_takes_it(data, checkpoints, tuned):
+    given = []
 
     def scores(name):
         lm = from_pretrained(
@@ -155,10 +141,25 @@ def test_inspection_and_generation_take_it(data, checkpoints, tuned, tmp_path, c
         given.append(lm.score("w1 w7 w49")["positional_scores"].tolist())
         lm.score("w1 w7 w49")
 
-    given = []
-    assert logged(scores, "cache") == more
-    assert logged(scores, "alone") == lines
+    alone, cache = logged(scores, "alone"), logged(scores, "cache")
+    assert cache == [
+        *alone, "tuned with a continuous cache, which is not used here: the best without it",
+    ]  # fmt: skip
     assert given[0] == given[1]
+
+
+def test_an_inspection_takes_the_cache_as_well(data, checkpoints, tuned, tmp_path, capsys):
+    file, tokens = tmp_path / "inspected.json", tmp_path / "tokens.npz"
+    flags = ["--knn-datastore", tuned["cache"], "--knn-tuned", "--gen-subset", "valid"]
+    evaluated = logged(evaluate, data, checkpoints["plain"], *flags, "--knn-output-tokens", tokens)
+    capsys.readouterr()
+    call(
+        inspect.main, data, "--path", checkpoints["plain"], *flags, "--tokens-per-sample", 32,
+        "--cpu", "--positions", "90:110", "--json", file,
+    )  # fmt: skip
+    assert lines_of(capsys.readouterr().out) == evaluated
+    found = [token["p_mixture"] for token in json.loads(file.read_text())["tokens"]]
+    np.testing.assert_allclose(found, np.exp(np.load(tokens)["log_p"][90:110]), rtol=1e-4)
 
 
 def test_a_setting_with_a_cache_alone_or_a_flag_for_one_is_refused(

@@ -214,7 +214,7 @@ def test_our_commands_have_the_same_keys(data, checkpoints, tmp_path):
     assert values[0] == values[1]
 
     looked_at = result_of(inspect.main, "--knn-tuned", "--positions", "0:30")
-    assert set(looked_at) == {*SCORED, "source", "passage"}
+    assert set(looked_at) == {*SCORED, "counted", "source", "passage"}
     assert looked_at["tokens"] == len(looked_at["passage"]["tokens"]) == 30
 
     knnlm("fairseq-knnlm-info", directory, "--verify", "--knn-output", file)
