@@ -10,8 +10,9 @@ fairseq-eval-lm --task knnlm_lm; the straightforward method; exhaustive search, 
 perplexity, recall@k and mass recall; and kinds of FAISS index over the same keys. All other flags
 are handed to fairseq-eval-lm and fairseq-knnlm-build.
 
-Loading models and indexes is not counted. Every measurement follows one that is not counted, except
-in stock fairseq-eval-lm, a process of its own, whose own figure is taken.
+Whole commands are fresh processes, of which everything counts. In all other measurements loading
+models and indexes is not counted, and each follows one that is not counted, except in stock
+fairseq-eval-lm, whose own figure is taken.
 """
 
 import argparse
@@ -35,6 +36,7 @@ from evaluation import Evaluation  # noqa: E402
 from floor import measure_commands, measure_floor  # noqa: E402
 from generation import measure_generation  # noqa: E402
 from index_types import build_straightforward_index, compare_types, default_types  # noqa: E402
+from kinds import KINDS, compare_kinds  # noqa: E402
 from methods import Methods  # noqa: E402
 from parts import write_part  # noqa: E402
 from quality import Mixture  # noqa: E402
@@ -79,6 +81,9 @@ def make_parser():
     add("--straightforward-tokens", type=int, default=1 << 11, help="(2048)")
     add("--repeats", type=int, default=3, help="measurements, of which the median counts (3)")
     add("--generated", type=int, default=48, help="tokens generated behind a prompt (48)")
+    kinds = [name for name, _, _ in KINDS]
+    add("--kinds", nargs="*", choices=kinds, default=kinds, metavar="KIND", help="of CPU, imitated "
+        f"by this one: {', '.join(kinds)} (all)")  # fmt: skip
     add("--index-types", nargs="+", metavar="FACTORY", help="(flat and IVF of several kinds)")
     add("--index-share", type=float, help="the one of --shares whose keys are indexed in every "
         "way (the second largest)")  # fmt: skip
@@ -122,7 +127,7 @@ def measure(settings, flags, work):
         # first, while this process is small: its children begin as copies of it
         log("whole commands")
         commands = measure_commands(
-            part, split, flags, knn_flags, datastores[0]["path"], settings.k[-1]
+            part, split, flags, knn_flags, datastores[0]["path"], settings.k, settings.repeats
         )
         log("the model alone")
         long = Path(folder) / "long"
@@ -130,6 +135,9 @@ def measure(settings, flags, work):
         floor = measure_floor(long, split, flags, Path(folder), settings.repeats)
         evaluation = Evaluation(part, split, [*flags, *knn_flags])
         methods, queries = _measure_methods(evaluation, datastores, settings, work)
+        log("kinds of CPU")
+        searched = datastores[0]["path"], queries.keys, settings.k[-1]
+        kinds = compare_kinds(settings.kinds, *searched, settings.repeats, Path(folder))
         log("generation")
         generation = measure_generation(evaluation, datastores[0], settings)
     types = []
@@ -156,6 +164,7 @@ def measure(settings, flags, work):
         "datastores": datastores,
         "commands": commands,
         "methods": methods,
+        "kinds": kinds,
         "generation": generation,
         "growth": growth(methods),
         "ratios": ratios(floor, methods),
@@ -286,7 +295,7 @@ def main(argv=None):
         f"\nperplexity of the language model alone {quality['base_perplexity']:.3f}; quality on "
         f"{quality['tokens']:,} tokens, against exhaustive search; {results['seconds']:.0f} s"
     )
-    names = ("floor", "methods", "generation", "index_types")
+    names = ("floor", "methods", "kinds", "generation", "index_types")
     rows = [row for name in names for row in results[name]]
     held_up = sum(row.get("held_up", False) for row in rows)
     if held_up:

@@ -1,9 +1,10 @@
 """What a kNN language model is measured against: the model alone.
 
 Stock ``fairseq-eval-lm``, the forward pass of the model, and the dump of keys and values, of the
-same text; and whole commands, for the memory that they take.
+same text; and whole commands, as users start them.
 """
 
+import functools
 import shutil
 
 import torch
@@ -70,17 +71,33 @@ def _forward(evaluation, samples):
     return stopwatch.read()
 
 
-def measure_commands(data, split, flags, knn_flags, datastore, k):
-    """Run ``fairseq-eval-lm`` as a user does, for its peak memory.
+def measure_commands(data, split, flags, knn_flags, datastore, ks, repeats):
+    """Run ``fairseq-eval-lm`` as a user does: a fresh process each time, its loading included.
+
+    Args:
+        ks (list of int): numbers of neighbours, ascending; distances of the index are measured for
+            the last.
+        repeats (int): commands of each kind, in turns, of which the medians count.
 
     Returns:
-        list of dict: a row for stock and for both kinds of distances.
+        list of dict: a row for stock and for every number of neighbours and kind of distances.
     """
     flags = [*flags, "--gen-subset", split]
-    rows = [{"name": "stock", **eval_lm(data, flags)}]
     ours = make_eval_parser("", gen_subset=split).get_default("user_dir")
-    for distances in ("index", "exact"):
-        words = ["--user-dir", ours, "--task", "knnlm_lm", "--knn-datastore", datastore]
-        words += ["--knn-k", k, "--knn-distances", distances, *knn_flags]
-        rows.append({"name": f"k={k}, {distances}", **eval_lm(data, [*flags, *words])})
+    words = ["--user-dir", ours, "--task", "knnlm_lm", "--knn-datastore", datastore, *knn_flags]
+    measurements = {"stock": functools.partial(_command, data, flags)}
+    for k, distances in [*((k, "exact") for k in ks), (ks[-1], "index")]:
+        of_search = [*flags, *words, "--knn-k", k, "--knn-distances", distances]
+        measurements[f"k={k}, {distances}"] = functools.partial(_command, data, of_search)
+    rows = []
+    for name, runs in interleaved(measurements, repeats).items():
+        medians = {each: median(runs, each) for each in ("tokens_per_s", "seconds", "peak_bytes")}
+        rows.append({**runs[0], "name": name, **medians})
+        rows[-1]["of_stock"] = rows[-1]["tokens_per_s"] / rows[0]["tokens_per_s"]
+        rows[-1]["runs_tokens_per_s"] = [run["tokens_per_s"] for run in runs]
     return rows
+
+
+def _command(data, flags):
+    printed = eval_lm(data, flags)
+    return {**printed, "seconds": printed["whole_s"]}

@@ -22,8 +22,13 @@ from fairseq_knnlm.plugin.task import KNNLMTask
 QUIET = ["--log-format", "none"]
 
 
-def run(command, loglevel="WARNING"):
+def run(command, loglevel="WARNING", environment=()):
     """Run a command to its end.
+
+    Args:
+        command (list): its words.
+        loglevel (str): of fairseq.
+        environment (dict): what else is in its environment.
 
     Returns:
         tuple: its output and the peak of its resident memory in bytes, in which pages of mapped
@@ -34,7 +39,7 @@ def run(command, loglevel="WARNING"):
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        env={**os.environ, "LOGLEVEL": loglevel},
+        env={**os.environ, "LOGLEVEL": loglevel, **dict(environment)},
     )
     with process.stdout:
         output = process.stdout.read()
@@ -48,16 +53,20 @@ def run(command, loglevel="WARNING"):
 def eval_lm(data, flags):
     """Run the console script ``fairseq-eval-lm``.
 
-    Its tokens a second are those that it prints: scoring alone, without loading data.
+    Its tokens a second are those that it prints: of scoring, in which what a first search loads
+    counts. The seconds of the whole command are those from its start to its end.
     """
     script = Path(sysconfig.get_path("scripts")) / "fairseq-eval-lm"
+    start = time.perf_counter()
     output, peak_bytes = run([script, data, *flags, *QUIET], loglevel="INFO")
+    whole_s = time.perf_counter() - start
     tokens, tokens_per_s = re.search(
         r"Evaluated ([\d,]+) tokens in [\d.]+s \(([\d.]+) tokens/s\)", output
     ).groups()
     return {
         "tokens": int(tokens.replace(",", "")),
         "tokens_per_s": float(tokens_per_s),
+        "whole_s": whole_s,
         "perplexity": float(re.search(r"Perplexity: ([\d.]+)", output).group(1)),
         "peak_bytes": peak_bytes,
     }

@@ -37,7 +37,9 @@ DATASTORES = (
 COMMANDS = (
     ("fairseq-eval-lm", "name", "<22"),
     ("tokens", "tokens", ",d"),
+    ("whole s", "seconds", ".1f"),
     ("tokens/s", "tokens_per_s", ",.0f"),
+    ("/ stock", "of_stock", ".3f"),
     ("perplexity", "perplexity", ".2f"),
     ("peak MiB", "peak_mib", ",.0f"),
 )
@@ -56,6 +58,17 @@ METHODS = (
     ("gap", "perplexity_gap", "+.3%"),
     ("recall", "recall", ".4f"),
     ("of mass", "mass_recall", ".4f"),
+)
+KINDS = (
+    ("kind of CPU", "kind", "<16"),
+    ("k", "k", "d"),
+    ("queries", "queries", ",d"),
+    ("float32 s", "float32_s", ".2f"),
+    ("bfloat16 s", "bfloat16_s", ".2f"),
+    ("int8 s", "int8_s", ".2f"),
+    ("", "held_up", "<1"),
+    ("chosen", "chosen", ">10"),
+    ("/ best", "of_best", ".2f"),
 )
 GENERATION = (
     ("generation", "name", "<16"),
@@ -95,9 +108,10 @@ TYPES = (
 def lines(results):
     """The lines of all tables."""
     tables = (
+        (COMMANDS, "commands"),
         (FLOOR, "floor"),
         (DATASTORES, "datastores"),
-        (COMMANDS, "commands"),
+        (KINDS, "kinds"),
         (METHODS, "methods"),
         (GENERATION, "generation"),
         (GROWTH, "growth"),

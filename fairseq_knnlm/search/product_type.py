@@ -47,12 +47,17 @@ def forced_type() -> Optional[str]:
     name = os.environ.get(FORCED) or None
     if name is not None and name not in TYPES:
         raise UserError(f"{FORCED} must be one of {', '.join(TYPES)}, or not set, got {name!r}")
-    if name == "int8" and not multiplies_integers():
+    if name is not None and name not in usable_types():
         raise UserError(
-            f"{FORCED}=int8: this CPU, or torch {torch.__version__}, has no exact products of "
-            "8-bit integers (they need VNNI or AMX); use float32 or bfloat16"
+            f"{FORCED}={name}: this CPU, or torch {torch.__version__}, has no exact products of "
+            f"8-bit integers (they need VNNI or AMX); use {' or '.join(usable_types())}"
         )
     return name
+
+
+def usable_types() -> list[str]:
+    """Those of ``TYPES`` whose products this machine has."""
+    return [name for name in TYPES if name != "int8" or multiplies_integers()]
 
 
 def choose_products(metric: str, dimension: int, keys: int) -> Products:
@@ -79,7 +84,7 @@ def products_of(name: str, metric: str, dimension: int) -> Products:
 @functools.cache
 def _fastest(dimension: int, keys: int) -> str:
     queries = queries_of_block(max(keys, columns(dimension)), _QUERIES)
-    names = [name for name in TYPES if name != "int8" or multiplies_integers()]
+    names = usable_types()
     with one_thread_each():
         turns = {name: _turn(name, dimension, queries, keys) for name in names}
         for turn in turns.values():

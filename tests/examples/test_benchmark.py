@@ -26,8 +26,9 @@ def measured(data, checkpoints, datastores, tmp_path_factory):
         "--cache-sizes", *CACHES,
         "--tokens", 300, "--queries", 200, "--straightforward-tokens", 150, "--repeats", 1,
         "--generated", 6, "--floor-tokens", 1,
-        "--index-types", *TYPES, "--index-queries", 100, "--work", folder / "work",
-        "--json", folder / "results.json", "--plot", folder / "results.png",
+        "--kinds", "as it is", "--index-types", *TYPES, "--index-queries", 100,
+        "--work", folder / "work", "--json", folder / "results.json",
+        "--plot", folder / "results.png",
     )  # fmt: skip
     return folder, done.stdout
 
@@ -58,6 +59,25 @@ def test_every_row_is_there(results):
     assert len(rows_of(results, "exhaustive")) == len(SHARES) * len(KS)
     types = [(row["factory"], row["k"], row["distances"]) for row in results["index_types"]]
     assert sorted(types) == sorted((name, *setting) for name in TYPES for setting in settings)
+
+
+def test_whole_commands_are_first_and_compared_with_stock(results, measured):
+    rows = results["commands"]
+    names = [f"k={k}, exact" for k in KS] + [f"k={KS[-1]}, index"]
+    assert [row["name"] for row in rows] == ["stock", *names]
+    for row in rows:
+        # what the command prints is a part of the whole
+        assert row["seconds"] > row["tokens"] / row["tokens_per_s"] > 0
+        assert row["of_stock"] == pytest.approx(row["tokens_per_s"] / rows[0]["tokens_per_s"])
+    _, printed = measured
+    assert 0 < printed.find("\nfairseq-eval-lm ") < printed.find("\nmodel alone ")
+
+
+def test_every_type_of_products_is_measured(results):
+    (row,) = results["kinds"]
+    assert (row["kind"], row["k"]) == ("as it is", KS[-1])
+    assert row["float32_s"] > 0 and row["bfloat16_s"] > 0
+    assert row["chosen"] is None  # the given datastore has no lists
 
 
 def test_tables_and_plot_are_made(measured):
