@@ -295,7 +295,7 @@ def main(argv=None):
         f"\nperplexity of the language model alone {quality['base_perplexity']:.3f}; quality on "
         f"{quality['tokens']:,} tokens, against exhaustive search; {results['seconds']:.0f} s"
     )
-    names = ("floor", "methods", "kinds", "generation", "index_types")
+    names = ("floor", "methods", "generation", "index_types")
     rows = [row for name in names for row in results[name]]
     held_up = sum(row.get("held_up", False) for row in rows)
     if held_up:

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from processes import run
-from timing import Stopwatch, interleaved, median, was_held_up
+from timing import Stopwatch, interleaved, median
 
 from fairseq_knnlm.datastore.datastore import Datastore
 from fairseq_knnlm.search import product_type
@@ -73,20 +73,22 @@ def _cpu_flags():
 
 
 def measure(datastore, queries, k, repeats):
-    """What a search takes with each type of products, and which is chosen where none is forced."""
+    """What a search takes with each type of products, and which is chosen where none is forced.
+
+    Seconds are those of the processor, of all cores together: other programs lengthen them little.
+    """
     # So many queries that lists are visited.
     copies = -(-len(Datastore.open(datastore)) // (KEYS_PER_QUERY * len(queries)))
     queries = torch.from_numpy(queries).repeat(copies, 1)
     searches = {name: _search(datastore, queries, k, name) for name in usable_types()}
     runs = interleaved(searches, repeats)
-    seconds = {name: median(of_name, "seconds") for name, of_name in runs.items()}
+    seconds = {name: median(of_name, "cpu_s") for name, of_name in runs.items()}
     chosen = _chosen(datastore, queries, k)
     return {
         "queries": len(queries),
         "chosen": chosen,
-        **{f"{name}_s": seconds.get(name) for name in TYPES},
+        **{f"{name}_cpu_s": seconds.get(name) for name in TYPES},
         "of_best": None if chosen is None else min(seconds.values()) / seconds[chosen],
-        "held_up": any(map(was_held_up, runs.values())),
     }
 
 

@@ -63,10 +63,9 @@ KINDS = (
     ("kind of CPU", "kind", "<16"),
     ("k", "k", "d"),
     ("queries", "queries", ",d"),
-    ("float32 s", "float32_s", ".2f"),
-    ("bfloat16 s", "bfloat16_s", ".2f"),
-    ("int8 s", "int8_s", ".2f"),
-    ("", "held_up", "<1"),
+    ("float32 CPU s", "float32_cpu_s", ".2f"),
+    ("bfloat16 CPU s", "bfloat16_cpu_s", ".2f"),
+    ("int8 CPU s", "int8_cpu_s", ".2f"),
     ("chosen", "chosen", ">10"),
     ("/ best", "of_best", ".2f"),
 )

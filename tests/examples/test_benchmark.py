@@ -76,7 +76,7 @@ def test_whole_commands_are_first_and_compared_with_stock(results, measured):
 def test_every_type_of_products_is_measured(results):
     (row,) = results["kinds"]
     assert (row["kind"], row["k"]) == ("as it is", KS[-1])
-    assert row["float32_s"] > 0 and row["bfloat16_s"] > 0
+    assert row["float32_cpu_s"] > 0 and row["bfloat16_cpu_s"] > 0
     assert row["chosen"] is None  # the given datastore has no lists
 
 
