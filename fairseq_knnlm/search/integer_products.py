@@ -21,6 +21,8 @@ from .near_pairs import UP, factor_of, padded_columns, query_terms, square_norms
 _LARGEST = 127
 # The smallest factor: that of zeros must not be 0.
 _SMALLEST = np.finfo(np.float32).tiny
+# Queries at a time: what is multiplied is still in a core's cache when the rest is added.
+_ROWS = 128
 # Floats of a row: one for a query's own term, one for a key's, two for rounding to integers, one
 # for that of floats.
 _TERMS = 5
@@ -64,15 +66,16 @@ class IntegerProducts:
         """See ``near_pairs.Products``."""
         queries, factor = sides.vectors[rows], -factor_of(self._metric)
         rounded = sides.rounded.part(rows)
-        residuals, lengths = rounded.write(queries)
-        own, of_queries = query_terms(queries.numpy(), limits[rows], self._metric, self._error)
+        residuals = rounded.write(queries, torch.empty_like(queries))
+        own, lengths = query_terms(queries.numpy(), limits[rows], self._metric, self._error)
         rounded.factors.mul_(factor)
         rounded.terms[:, 0] = torch.from_numpy(own)
         rounded.terms[:, 1] = 1
         if rounding:
-            rounded.terms[:, 2] = residuals.mul_(factor * UP)
-            rounded.terms[:, 3] = lengths.mul_(factor * UP)
-            rounded.terms[:, 4] = torch.from_numpy(of_queries * (factor * self._error))
+            lengths = torch.from_numpy(lengths)
+            rounded.terms[:, 2] = residuals * (factor * UP)
+            rounded.terms[:, 3] = (lengths + residuals) * (factor * UP)  # |q'| is not longer
+            rounded.terms[:, 4] = lengths * (factor * self._error)
 
     def scratch(self, count: int) -> "_Scratch":
         """See ``near_pairs.Products``."""
@@ -81,16 +84,18 @@ class IntegerProducts:
             _Rounded.empty(count, self._columns),
             torch.zeros(elements, dtype=torch.int8),
             torch.zeros(elements),
-            torch.zeros(elements, dtype=torch.int32),
+            torch.zeros(_ROWS * padded(count), dtype=torch.int32),
             torch.zeros(elements),
+            torch.zeros(2, count, self._dimension),
         )
 
     def write_keys(self, scratch: "_Scratch", keys: np.ndarray) -> "_KeySides":
         """See ``near_pairs.Products``."""
-        rounded, mean = scratch.right.part(slice(padded(len(keys)))), keys.mean(axis=0)
-        written, centered = rounded.part(slice(len(keys))), torch.from_numpy(keys - mean)
-        residuals, _ = written.write(centered)
-        norms = square_norms(keys)
+        rounded, norms = scratch.right.part(slice(padded(len(keys)))), square_norms(keys)
+        mean, (centered, room) = keys.mean(axis=0), scratch.centered[:, : len(keys)]
+        torch.sub(torch.from_numpy(keys), torch.from_numpy(mean), out=centered)
+        written = rounded.part(slice(len(keys)))
+        residuals = written.write(centered, room)
         written.terms[:, 0] = 1
         written.terms[:, 1] = (
             torch.from_numpy(norms * np.float32(1 - self._error)) if self._metric == "l2" else 0
@@ -111,15 +116,18 @@ class IntegerProducts:
         torch.index_select(sides.rounded.integers, 0, numbers, out=left[:count])
         vectors = first_elements(scratch.vectors, count, self._dimension)
         torch.index_select(sides.vectors, 0, numbers, out=vectors)
-        terms = sides.rounded.terms[numbers]
+        terms, factors = sides.rounded.terms[numbers], sides.rounded.factors[numbers, None]
         terms[:, 0] += vectors @ right.mean
-        shape = len(left), len(right.rounded.integers)
-        integers = first_elements(scratch.integers, *shape)
-        torch._int_mm(left, right.rounded.integers.t(), out=integers)
-        products = first_elements(scratch.products, count, shape[1])
-        torch.mul(integers[:count], right.rounded.factors, out=products)
-        products.mul_(sides.rounded.factors[numbers, None])
-        return products.addmm_(terms, right.rounded.terms.t())
+        width = len(right.rounded.integers)
+        products = first_elements(scratch.products, count, width)
+        for start in range(0, count, _ROWS):
+            some = slice(start, start + _ROWS)
+            integers = first_elements(scratch.integers, len(left[some]), width)
+            torch._int_mm(left[some], right.rounded.integers.t(), out=integers)
+            part = products[some]
+            torch.mul(integers[: len(part)], right.rounded.factors, out=part)
+            part.mul_(factors[some]).addmm_(terms[some], right.rounded.terms.t())
+        return products
 
 
 class _Rounded(NamedTuple):
@@ -142,15 +150,13 @@ class _Rounded(NamedTuple):
     def part(self, rows: slice) -> "_Rounded":
         return _Rounded(*(tensor[rows] for tensor in self))
 
-    def write(self, vectors: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Round vectors; gives the lengths of what is lost and of what is kept, each (n,)."""
-        factors = vectors.abs().amax(1).div_(_LARGEST)  # ten times as fast as the norm
-        self.factors[:] = factors.clamp_(min=_SMALLEST)
-        rounded = (vectors / factors[:, None]).round_()
-        self.integers[:, : vectors.size(1)] = rounded
-        rounded *= factors[:, None]
-        lengths = torch.linalg.vector_norm(rounded, dim=1)
-        return torch.linalg.vector_norm(rounded.sub_(vectors), dim=1), lengths
+    def write(self, vectors: torch.Tensor, room: torch.Tensor) -> torch.Tensor:
+        """Round vectors, (n, D), in a room of that shape; gives the lengths of what is lost."""
+        factors = torch.abs(vectors, out=room).amax(1).div_(_LARGEST).clamp_(min=_SMALLEST)
+        self.factors[:] = factors
+        torch.div(vectors, factors[:, None], out=room).round_()
+        self.integers[:, : vectors.size(1)] = room
+        return torch.linalg.vector_norm(room.mul_(factors[:, None]).sub_(vectors), dim=1)
 
 
 class _QuerySides(NamedTuple):
@@ -168,10 +174,17 @@ class _KeySides(NamedTuple):
 
 
 class _Scratch(NamedTuple):
-    """Keys, rounded; integers and vectors of queries; products in integers and in the end."""
+    """Memory of a thread.
+
+    right (_Rounded): of keys.
+    left, vectors (Tensor): integers and vectors of queries.
+    integers, products (Tensor): before and after all else is added.
+    centered (Tensor): shape (2, keys, D), keys relative to their mean, and room to round them in.
+    """
 
     right: _Rounded
     left: torch.Tensor
     vectors: torch.Tensor
     integers: torch.Tensor
     products: torch.Tensor
+    centered: torch.Tensor

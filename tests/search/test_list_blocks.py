@@ -45,7 +45,7 @@ def test_a_block_fits_in_its_memory(dimension, name):
             assert 0 < rows <= queries
             matrices = {"left": width, "products": padded(keys)}
             if name == "int8":
-                matrices.update(vectors=dimension, integers=padded(keys))
+                matrices.update(vectors=dimension)
             for matrix, size in matrices.items():
                 found = first_elements(getattr(scratch, matrix), padded(rows), size)
                 assert found.shape == (padded(rows), size) and found.is_contiguous()
