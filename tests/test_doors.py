@@ -43,7 +43,7 @@ PLACE = {package: number for number, package in enumerate(ORDER)}
 DOORS = {
     "fairseq": {"plugin", "hub", "cli"},
     "fairseq_cli": {"plugin", "cli"},
-    "omegaconf": {"hub", "cli"},
+    "omegaconf": {"hub", "plugin", "cli"},
     "faiss": {"search"},
     "matplotlib": {"reporting"},
     "jinja2": {"html_page"},

@@ -12,7 +12,6 @@ import numpy as np
 import torch.distributed as dist
 from fairseq.data import iterators
 from fairseq.tasks import register_task
-from fairseq.tasks.language_modeling import LanguageModelingTask
 
 from ..datastore.fingerprint import dictionary_fingerprint, weights_fingerprint
 from ..encoding.blocks import BlockDataset, refuse_oversized
@@ -39,6 +38,7 @@ from .generator import KNNGenerator, KNNModel, ReferenceScorer
 from .opening import open_datastores, refuse_other_decoders, refuse_other_models
 from .results import evaluation_output
 from .spinning import spin_little
+from .training import TrainingTask
 from .unknown_words import warn_of_unknown_words
 
 logger = logging.getLogger(__name__)
@@ -52,7 +52,7 @@ if is_command():
 
 
 @register_task("knnlm_lm", dataclass=KNNLMConfig)
-class KNNLMTask(LanguageModelingTask):
+class KNNLMTask(TrainingTask):
     """Language modelling whose evaluation mixes in the nearest neighbours of a datastore.
 
     Without ``--knn-datastore`` it trains and evaluates as ``language_modeling`` does.

@@ -1,0 +1,102 @@
+"""A softmax over words and memories at once, whose memories are tokens of the batch itself.
+
+Zhong, Lei and Chen (EMNLP 2022), section 3 (TRIME): for a state f(c) with the memory (f(c_j), w_j)
+
+    p(w|c) is proportional to exp(z_w) + sum over the memories with w_j = w of exp(f(c) . f(c_j) / sqrt(D))
+
+where z_w are the logits of the language model. Gradients flow through both sides of a product. The
+products of a batch with itself grow with the square of its length: they are made some rows at a
+time, and made again for the gradients in place of being kept.
+"""
+
+import math
+from typing import Optional
+
+import torch
+from torch.utils.checkpoint import checkpoint
+
+# Most products that are in memory at once, 16 MB of each intermediate result.
+MAX_PRODUCTS = 1 << 22
+
+
+def memory_log_sums(
+    states, values, pad: int, own: Optional[torch.Tensor] = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What the memories of each token add to a softmax, in log space.
+
+    Without *own* each row of the batch is a text, and a token sees the tokens before it. With
+    *own* all rows are one memory: a token sees the tokens of all other rows, and of its own row
+    those before it if that row is allowed to.
+
+    Args:
+        states (Tensor): shape (B, T, D), any float dtype, f(c).
+        values (LongTensor): shape (B, T), the token that followed each state.
+        pad (int): value of positions that are no memory.
+        own (BoolTensor): shape (B,), see above; None: only tokens before it.
+
+    Returns:
+        tuple of Tensor: shape (B, T), float32, natural log of the sum of exp(f(c) . f(c_j) /
+        sqrt(D)) over all memories that a token sees, and over those with its value; -inf where
+        there is none.
+    """
+    shape = values.shape
+    length = shape[1]
+    if own is not None:
+        states, values = states.reshape(1, -1, states.size(-1)), values.reshape(1, -1)
+    # Half precision has too few digits for sums of exponentials, and a range that products leave.
+    states = states.float()
+    queries = states / math.sqrt(states.size(-1))
+    count = values.size(1)
+    step = max(1, MAX_PRODUCTS // (len(values) * count))
+    pieces = []
+    for start in range(0, count, step):
+        rows = slice(start, min(start + step, count))
+        # no token sees a later one of its own text
+        seen = slice(0, rows.stop if own is None else count)
+        hidden = _hidden(rows, values[:, seen], pad, own, length)
+        inputs = queries[:, rows], states[:, seen], values[:, rows], values[:, seen], hidden
+        if step < count and torch.is_grad_enabled():
+            pieces.append(
+                checkpoint(_log_sums, *inputs, use_reentrant=False, preserve_rng_state=False)
+            )
+        else:
+            pieces.append(_log_sums(*inputs))
+    every, matching = (torch.cat(parts, dim=1).view(shape) for parts in zip(*pieces))
+    return every, matching
+
+
+def joint_log_probs(log_p_lm, log_normalizer, every, matching) -> torch.Tensor:
+    """Log-probability of the targets by one softmax over words and memories.
+
+    With Z = exp(log_normalizer): (Z p_lm + exp(matching)) / (Z + exp(every)). Of an adaptive
+    softmax Z is that of its head, as in section 3.4 of the paper.
+
+    Args:
+        log_p_lm (Tensor): shape (N,), float32, natural log, by the language model.
+        log_normalizer (Tensor): shape (N,), float32, logsumexp of its logits.
+        every, matching (Tensor): shape (N,), float32, see ``memory_log_sums``.
+
+    Returns:
+        Tensor: shape (N,), float32, natural log.
+    """
+    numerator = torch.logaddexp(log_p_lm + log_normalizer, matching)
+    return numerator - torch.logaddexp(log_normalizer, every)
+
+
+def _hidden(rows: slice, memories, pad: int, own, length: int) -> torch.Tensor:
+    """What tokens must not see, shape (B or 1, rows, memories), bool."""
+    row = torch.arange(rows.start, rows.stop, device=memories.device).unsqueeze(1)
+    column = torch.arange(memories.size(1), device=memories.device)
+    hidden = column >= row
+    if own is not None:
+        same = row // length == column // length
+        hidden = same & (hidden | ~own[row // length])
+    return hidden | (memories == pad).unsqueeze(1)
+
+
+def _log_sums(queries, states, targets, values, hidden):
+    """See ``memory_log_sums``, for some rows: (B, rows, D) and (B, memories, D) to (B, rows)."""
+    products = torch.bmm(queries, states.transpose(1, 2)).masked_fill(hidden, -math.inf)
+    differs = targets.unsqueeze(2) != values.unsqueeze(1)
+    every = products.logsumexp(dim=2)
+    return every, products.masked_fill(differs, -math.inf).logsumexp(dim=2)
