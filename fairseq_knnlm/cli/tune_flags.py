@@ -115,6 +115,11 @@ def refuse_flags(cfg, args) -> None:
         raise UserError(
             "there is nothing to tune: --knn-datastore and --knn-cache-size are both missing"
         )
+    if cfg.task.trime_temperature is not None:
+        raise UserError(
+            "fairseq-knnlm-tune has no grid of --trime-temperature: drop it, and compare values by "
+            "fairseq-eval-lm"
+        )
     if args.report is not None and not datastore_paths(cfg.task):
         raise UserError("--report is about neighbours: --knn-datastore is missing")
     if args.report is not None:

@@ -36,6 +36,7 @@ from ..scoring.settings import (
     Settings,
     flag_of,
     range_faults,
+    trime_faults,
     weight_fault,
 )
 from .stock_flags import stock_faults
@@ -117,8 +118,17 @@ class KNNLMConfig(LanguageModelingConfig):
         default=None,
         metadata={
             "help": "'document': the cache is emptied where a document begins, after an empty "
-            "line and where --sample-break-mode complete_doc begins one; 'none': never "
+            "line and where --sample-break-mode complete_doc begins one; 'block', with "
+            "--trime-temperature: where a block does; 'none': never "
             f"(default: {CACHE_RESETS[0]})"
+        },
+    )
+    trime_temperature: Optional[float] = field(
+        default=None,
+        metadata={
+            "help": "tau > 0, divides what hidden states have in common: the cache, and neighbours "
+            "by inner product, join the softmax of a model that was trained with --criterion "
+            "trime_loss (default: they do not)"
         },
     )
     knn_tuned: bool = field(
@@ -208,14 +218,15 @@ def check_settings(flags) -> None:
     faults = [*stock_faults(flags), *_datastore_faults(flags), *out_of_range]
     if given.get("nprobe") is not None and given.get("distances") == "exhaustive":
         faults.append("--knn-nprobe is for an index, --knn-distances exhaustive reads none")
-    size = given.get("cache_size")
-    if size and datastore_paths(flags) and not out_of_range:
+    size, joined = given.get("cache_size"), "trime_temperature" in given
+    if size and datastore_paths(flags) and not out_of_range and not joined:
         fault = weight_fault(Settings(**given))
         faults += [fault] if fault else []
     cache_flags = [name for name in given if name.startswith("cache_") and name != "cache_size"]
     if cache_flags and not size and not flags.knn_tuned:
         named = ", ".join(map(flag_of, cache_flags))
         faults.append(f"{named} without --knn-cache-size, which is 0: there is no cache")
+    faults += trime_faults(given)
     if flags.knn_show_neighbors < 0:
         faults.append(f"--knn-show-neighbors must be >= 0, got {flags.knn_show_neighbors}")
     if flags.knn_tuned and not datastore_paths(flags):
@@ -266,7 +277,7 @@ def unused_neighbor_flags(flags) -> list[str]:
 
 def _field_of(setting: str) -> str:
     """The field of the flags' dataclass for a field of ``Settings``."""
-    return setting if setting.startswith("knn_") else f"knn_{setting}"
+    return setting if setting.startswith(("knn_", "trime_")) else f"knn_{setting}"
 
 
 def given_settings(flags) -> dict:

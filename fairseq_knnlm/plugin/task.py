@@ -28,6 +28,7 @@ from ..scoring.compatibility import (
 from ..scoring.in_effect import InEffect
 from ..scoring.recorder import TokenRecorder
 from ..scoring.scorer import KNNScorer, make_scorer
+from ..scoring.trime_scorer import TrimeScorer
 from .binarised import read_as, refuse_damaged_split
 from .commands import end_with_text, is_command
 from .compat import allow_plain_data, numpy_compat
@@ -336,7 +337,8 @@ class KNNLMTask(TrainingTask):
             softmax_batch (int): ``--softmax-batch``.
             recorder (TokenRecorder): keeps what is computed of every target; None: nobody does.
         """
-        return make_scorer(
+        make = make_scorer if self.settings.trime_temperature is None else TrimeScorer
+        return make(
             self.retriever,
             self.settings,
             self.key,

@@ -1,10 +1,10 @@
 """A softmax over words and memories at once, whose memories are tokens of the batch itself.
 
-Zhong, Lei and Chen (EMNLP 2022), section 3 (TRIME): for a state f(c) with the memory (f(c_j), w_j)
+Zhong, Lei and Chen (EMNLP 2022), section 3 (TRIME): p(w|c) is proportional to
 
-    p(w|c) is proportional to exp(z_w) + sum over the memories with w_j = w of exp(f(c) . f(c_j) / sqrt(D))
+    exp(z_w) + sum over the memories (f(c_j), w_j) with w_j = w of exp(f(c) . f(c_j) / sqrt(D))
 
-where z_w are the logits of the language model. Gradients flow through both sides of a product. The
+where z_w are the logits of the language model and f(c) is its state. Gradients flow through both sides of a product. The
 products of a batch with itself grow with the square of its length: they are made some rows at a
 time, and made again for the gradients in place of being kept.
 """
@@ -57,10 +57,10 @@ def memory_log_sums(
         inputs = queries[:, rows], states[:, seen], values[:, rows], values[:, seen], hidden
         if step < count and torch.is_grad_enabled():
             pieces.append(
-                checkpoint(_log_sums, *inputs, use_reentrant=False, preserve_rng_state=False)
+                checkpoint(exponential_sums, *inputs, use_reentrant=False, preserve_rng_state=False)
             )
         else:
-            pieces.append(_log_sums(*inputs))
+            pieces.append(exponential_sums(*inputs))
     every, matching = (torch.cat(parts, dim=1).view(shape) for parts in zip(*pieces))
     return every, matching
 
@@ -94,8 +94,20 @@ def _hidden(rows: slice, memories, pad: int, own, length: int) -> torch.Tensor:
     return hidden | (memories == pad).unsqueeze(1)
 
 
-def _log_sums(queries, states, targets, values, hidden):
-    """See ``memory_log_sums``, for some rows: (B, rows, D) and (B, memories, D) to (B, rows)."""
+def exponential_sums(queries, states, targets, values, hidden):
+    """Sums of exp(query . state), in log space.
+
+    Args:
+        queries (Tensor): shape (B, N, D), float32, divided by what divides the products.
+        states (Tensor): shape (B, M, D), float32.
+        targets (LongTensor): shape (B, N), of the queries.
+        values (LongTensor): shape (B, M), of the states.
+        hidden (BoolTensor): shape (B or 1, N, M), what a query does not see.
+
+    Returns:
+        tuple of Tensor: shape (B, N), natural log, over all states that a query sees and over those
+        with its target; -inf where there is none.
+    """
     products = torch.bmm(queries, states.transpose(1, 2)).masked_fill(hidden, -math.inf)
     differs = targets.unsqueeze(2) != values.unsqueeze(1)
     every = products.logsumexp(dim=2)

@@ -7,6 +7,8 @@ from .settings import AUTO, Settings
 
 # Where a setting comes from, and the same in words.
 GIVEN, TUNED, DEFAULT = "given", "tuned", "default"
+# What a cache that joins the softmax of the language model has not.
+_OF_ITS_OWN_DISTRIBUTION = ("cache_lambda", "cache_theta", "cache_metric")
 _WORDS = {AUTO: "auto, of the datastore"}
 
 
@@ -72,6 +74,9 @@ class InEffect(NamedTuple):
         return [name for name in Settings._fields if self._matters(name)]
 
     def _matters(self, name: str) -> bool:
+        joined = self.settings.trime_temperature is not None
+        if name == "trime_temperature" or (joined and name in _OF_ITS_OWN_DISTRIBUTION):
+            return joined and name == "trime_temperature"
         if name.startswith("cache_"):
             return self.settings.cache_size > 0
         if name == "nprobe" and self.settings.distances == "exhaustive":

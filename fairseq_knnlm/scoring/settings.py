@@ -1,5 +1,6 @@
 """What the flags mean: the settings of a search and a mixture, their defaults and their ranges."""
 
+from collections.abc import Iterator
 from typing import Callable, NamedTuple, Optional, Union
 
 from ..arguments import refuse
@@ -16,7 +17,7 @@ MOST_CACHED = 2**31 - 1
 AUTO = "auto"
 # The unit of a temperature is that of a model's squared distances: no number fits all models.
 DEFAULT_TEMPERATURE = AUTO
-CACHE_RESETS = ["none", "document"]
+CACHE_RESETS = ["none", "document", "block"]
 
 
 class Settings(NamedTuple):
@@ -32,7 +33,10 @@ class Settings(NamedTuple):
     cache_lambda (float): weight of p_cache, in [0, 1].
     cache_theta (float): >= 0; None: as ``ContinuousCache`` chooses.
     cache_metric (str): ``ip`` or ``l2``.
-    cache_reset (str): ``none``, or ``document``: the cache is emptied where one begins.
+    cache_reset (str): ``none``, or ``document``: the cache is emptied where one begins; with
+        ``trime_temperature`` also ``block``.
+    trime_temperature (float): > 0: the cache is no distribution of its own, but joins the softmax
+        of the language model, see ``trime_scorer``; None: it is one.
     """
 
     k: int = DEFAULT_K
@@ -45,6 +49,7 @@ class Settings(NamedTuple):
     cache_theta: Optional[float] = None
     cache_metric: str = CACHE_METRICS[0]
     cache_reset: str = CACHE_RESETS[0]
+    trime_temperature: Optional[float] = None
 
 
 _WEIGHT = Kind("in [0, 1]", lambda value: is_number(value) and 0 <= value <= 1)
@@ -62,13 +67,14 @@ RANGES = {
     "cache_theta": Kind("a finite number >= 0", lambda value: is_number(value) and value >= 0),
     "cache_metric": one_of(CACHE_METRICS),
     "cache_reset": one_of(CACHE_RESETS),
+    "trime_temperature": POSITIVE,
 }
 
 
 def flag_of(field: str) -> str:
     """The flag of a field of ``Settings`` or of the flags' dataclass: ``--knn-cache-size``."""
-    name = field[len("knn_") :] if field.startswith("knn_") else field
-    return f"--knn-{name.replace('_', '-')}"
+    name = field if field.startswith(("knn_", "trime_")) else f"knn_{field}"
+    return f"--{name.replace('_', '-')}"
 
 
 def range_faults(given: dict, name_of: Callable = flag_of) -> list[str]:
@@ -109,6 +115,29 @@ def weight_fault(settings: Settings) -> Optional[str]:
         "--knn-lambda and --knn-cache-lambda must be at most 1 together, the weight of the "
         f"language model being the rest, got {settings.knn_lambda} and {settings.cache_lambda}"
     )
+
+
+def trime_faults(given: dict) -> Iterator[str]:
+    """What is wrong with settings of a cache that joins the softmax of the language model.
+
+    Args:
+        given (dict): fields of ``Settings`` that were given.
+
+    Yields:
+        str: for each fault the flag and what is expected.
+    """
+    if given.get("trime_temperature") is None:
+        if given.get("cache_reset") == "block":
+            yield "--knn-cache-reset block is for --trime-temperature, which is missing"
+        return
+    if not given.get("cache_size"):
+        yield "--trime-temperature needs --knn-cache-size: how many tokens are looked back on"
+    others = [name for name in ("cache_lambda", "cache_theta") if given.get(name) is not None]
+    if others:
+        flags = " and ".join(map(flag_of, others))
+        yield f"{flags}: with --trime-temperature one softmax weighs words and memories; drop it"
+    if given.get("cache_metric") == "l2":
+        yield "--knn-cache-metric must be ip with --trime-temperature, got l2"
 
 
 def with_temperature(settings: Settings, datastore) -> Settings:

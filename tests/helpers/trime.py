@@ -1,4 +1,4 @@
-"""TRIME by its formula: a plain loop in float64 over tokens and their memories."""
+"""TRIME by its formula: plain loops in float64 over tokens and their memories."""
 
 import copy
 import math
@@ -64,9 +64,7 @@ def sees(memory, own=None):
         "none": lambda at, other: False,
         "local": lambda at, other: other[0] == at[0] and other[1] < at[1],
         "long": lambda at, other: other < at,
-        "external": lambda at, other: (
-            other[0] != at[0] or (other[1] < at[1] and bool(own[at[0]]))
-        ),
+        "external": lambda at, other: other[0] != at[0] or (other[1] < at[1] and bool(own[at[0]])),
     }[memory]
 
 
@@ -117,3 +115,44 @@ def _normalised_logits(model, features):
     if model.decoder.adaptive_softmax is not None:
         return model.decoder.adaptive_softmax.head(features).view(*features.shape[:2], -1)
     return model.decoder.output_layer(features)
+
+
+@torch.no_grad()
+def joint_nll(model, blocks, size, temperature=1.0, by_block=False, retrieve=None):
+    """Minus log p of the tokens of a text, by one softmax over words and the last *size* tokens.
+
+    Args:
+        model: a fairseq language model, of which a float64 copy is used.
+        blocks (list): pairs of LongTensor, the tokens that are fed and those to be predicted.
+        retrieve (callable): takes a state, shape (D,), and gives further memories: their states,
+            shape (n, D), and their tokens, shape (n,); None: there are none.
+
+    Returns:
+        Tensor: shape (N,), float64.
+    """
+    model = copy.deepcopy(model).double().eval()
+    nll, states, words = [], [], []
+    for source, target in blocks:
+        if by_block:
+            states, words = [], []
+        caught = []
+        hook = model.decoder.layers[-1].fc1.register_forward_pre_hook(
+            lambda module, inputs, caught=caught: caught.append(inputs[0][:, 0])
+        )
+        features = model(source[None], torch.tensor([len(source)]), features_only=True)[0]
+        hook.remove()
+        log_p, logits = _log_probs(model, features)[0], _normalised_logits(model, features)[0]
+        for at, word in enumerate(target.tolist()):
+            state = caught[0][at]
+            whole = logits[at].exp().sum()
+            share = whole * log_p[at, word].exp()
+            memories = list(zip(states, words))[-size:]
+            if retrieve is not None:
+                memories += zip(*retrieve(state))
+            for memory, followed in memories:
+                weight = (state @ memory / (temperature * math.sqrt(len(state)))).exp()
+                whole = whole + weight
+                share = share + weight * (int(followed) == word)
+            nll.append(-(share / whole).log())
+            states, words = [*states, state], [*words, word]
+    return torch.stack(nll)

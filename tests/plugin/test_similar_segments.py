@@ -16,11 +16,13 @@ def make_segments(count=60, topics=6, seed=0):
     rng = np.random.default_rng(seed)
     of = rng.integers(topics, size=count)
     words = rng.integers(4, 14, size=(count, 30))
-    return [np.where(rng.random(30) < 0.7, row + 10 * (1 + t), row) for row, t in zip(words, of)], of
+    return [
+        np.where(rng.random(30) < 0.7, row + 10 * (1 + t), row) for row, t in zip(words, of)
+    ], of
 
 
 def bm25(segments, query, k1=1.5, b=0.75):
-    """Scores of all segments, of Lucene's BM25 with the default settings of bm25s, in plain Python."""
+    """Scores of all segments by Lucene's BM25, the default of bm25s, in plain Python."""
     mean = sum(map(len, segments)) / len(segments)
     scores = np.zeros(len(segments))
     for word in set(query.tolist()):
@@ -82,9 +84,7 @@ def test_hits_are_kept_beside_the_data(tmp_path, monkeypatch):
     (file,) = tmp_path.iterdir()
     with monkeypatch.context() as patch:
         patch.setitem(sys.modules, "bm25s", None)  # not needed for what is there
-        np.testing.assert_array_equal(
-            similar.cached_similar_segments(segments, 100, prefix), found
-        )
+        np.testing.assert_array_equal(similar.cached_similar_segments(segments, 100, prefix), found)
         others = [np.concatenate(segments[:2]), *segments[2:]]  # the same tokens, cut elsewhere
         with pytest.raises(UserError, match=r"fairseq_knnlm\[trime\]"):
             similar.cached_similar_segments(others, 100, prefix)

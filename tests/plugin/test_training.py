@@ -64,7 +64,7 @@ def test_validation_reports_both_perplexities(data, tmp_path):
     assert re.search(r"\| ppl [\d.]+ .*\| lm_ppl [\d.]+ ", line)
     # the checkpoint is a language model as any other
     checkpoint = tmp_path / "checkpoint_last.pt"
-    found = evaluate(data, checkpoint, task="language_modeling", *["--gen-subset", "valid"])
+    found = evaluate(data, checkpoint, "--gen-subset", "valid", task="language_modeling")
     expected = float(re.search(r"lm_ppl ([\d.]+)", line)[1])
     assert found == pytest.approx(expected, rel=2e-3)
 

@@ -1,4 +1,4 @@
-"""The criterion trime_loss: its loss and gradients against a loop, without memory against fairseq."""
+"""The criterion trime_loss: against a loop, and without memory against fairseq."""
 
 import types
 
@@ -7,12 +7,12 @@ import torch
 from fairseq.criterions.adaptive_loss import AdaptiveLoss
 from fairseq.criterions.cross_entropy import CrossEntropyCriterion
 from fairseq.logging import metrics
+from helpers.small import make_dictionary
+from helpers.trime import KINDS, PAD, WORDS, loop_loss, make_model, make_sample, sees
 
 from fairseq_knnlm.errors import UserError
 from fairseq_knnlm.plugin.trime_criterion import TrimeLoss
 from fairseq_knnlm.probability import batch_memory
-from helpers.small import make_dictionary
-from helpers.trime import KINDS, PAD, WORDS, loop_loss, make_model, make_sample, sees
 
 TASK = types.SimpleNamespace(
     target_dictionary=make_dictionary(WORDS), key={"type": "ffn-input", "layer": -1}
