@@ -4,9 +4,9 @@ Zhong, Lei and Chen (EMNLP 2022), section 3 (TRIME): p(w|c) is proportional to
 
     exp(z_w) + sum over the memories (f(c_j), w_j) with w_j = w of exp(f(c) . f(c_j) / sqrt(D))
 
-where z_w are the logits of the language model and f(c) is its state. Gradients flow through both sides of a product. The
-products of a batch with itself grow with the square of its length: they are made some rows at a
-time, and made again for the gradients in place of being kept.
+where z_w are the logits of the language model and f(c) is its state. Gradients flow through both
+sides of a product. The products of a batch with itself grow with the square of its length: they are
+made some rows at a time, and made again for the gradients in place of being kept.
 """
 
 import math
