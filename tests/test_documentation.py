@@ -14,6 +14,7 @@ import pytest
 import torch
 import yaml
 from fairseq import options
+from fairseq.criterions import CRITERION_DATACLASS_REGISTRY
 from fairseq.data.encoders.moses_tokenizer import MosesTokenizerConfig
 from fairseq.dataclass.utils import gen_parser_from_dataclass
 from fairseq.tasks import TASK_DATACLASS_REGISTRY, TASK_REGISTRY
@@ -145,7 +146,14 @@ def our_commands():
 def task_flags():
     """Flags of the fields of the task's dataclass that are ours."""
     fields = TASK_DATACLASS_REGISTRY["knnlm_lm"].__dataclass_fields__
-    return {"--" + name.replace("_", "-") for name in fields if name.startswith("knn_")}
+    ours = ("knn_", "trime_")
+    return {"--" + name.replace("_", "-") for name in fields if name.startswith(ours)}
+
+
+def criterion_flags():
+    """Flags of the fields of the criterion's dataclass that are ours."""
+    fields = CRITERION_DATACLASS_REGISTRY["trime_loss"].__dataclass_fields__
+    return {"--" + name.replace("_", "-") for name in fields if name.startswith("trime_")}
 
 
 def flags_of(parser):
@@ -175,6 +183,8 @@ def all_flags(command):
     if "--task" in flags_of(parser) and command != "fairseq-preprocess":
         TASK_REGISTRY["knnlm_lm"].add_args(parser)
         gen_parser_from_dataclass(parser, MosesTokenizerConfig())  # of --tokenizer moses
+    if command == "fairseq-train":
+        return flags_of(parser) | criterion_flags()
     return flags_of(parser)
 
 
@@ -289,7 +299,7 @@ def listed_flags():
 
 
 def test_flags_page_lists_exactly_the_flags_that_exist():
-    existing = {"The task knnlm_lm": task_flags()}
+    existing = {"The task knnlm_lm": task_flags(), "The criterion trime_loss": criterion_flags()}
     existing.update({command: own_flags(command) for command in our_commands()})
     existing = {heading: flags for heading, flags in existing.items() if flags}
     assert {heading: sorted(flags) for heading, flags in listed_flags().items()} == {

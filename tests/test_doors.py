@@ -44,6 +44,7 @@ DOORS = {
     "fairseq": {"plugin", "hub", "cli"},
     "fairseq_cli": {"plugin", "cli"},
     "omegaconf": {"hub", "plugin", "cli"},
+    "bm25s": {"plugin"},
     "faiss": {"search"},
     "matplotlib": {"reporting"},
     "jinja2": {"html_page"},
