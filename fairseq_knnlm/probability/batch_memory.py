@@ -53,14 +53,13 @@ def memory_log_sums(
         rows = slice(start, min(start + step, count))
         # no token sees a later one of its own text
         seen = slice(0, rows.stop if own is None else count)
-        hidden = _hidden(rows, values[:, seen], pad, own, length)
-        inputs = queries[:, rows], states[:, seen], values[:, rows], values[:, seen], hidden
+        inputs = queries[:, rows], states[:, seen], values[:, rows], values[:, seen]
+        options = {"first": start, "pad": pad, "own": own, "length": length}
         if step < count and torch.is_grad_enabled():
-            pieces.append(
-                checkpoint(exponential_sums, *inputs, use_reentrant=False, preserve_rng_state=False)
-            )
+            remade = {"use_reentrant": False, "preserve_rng_state": False}
+            pieces.append(checkpoint(_sums_of_rows, *inputs, **options, **remade))
         else:
-            pieces.append(exponential_sums(*inputs))
+            pieces.append(_sums_of_rows(*inputs, **options))
     every, matching = (torch.cat(parts, dim=1).view(shape) for parts in zip(*pieces))
     return every, matching
 
@@ -83,17 +82,6 @@ def joint_log_probs(log_p_lm, log_normalizer, every, matching) -> torch.Tensor:
     return numerator - torch.logaddexp(log_normalizer, every)
 
 
-def _hidden(rows: slice, memories, pad: int, own, length: int) -> torch.Tensor:
-    """What tokens must not see, shape (B or 1, rows, memories), bool."""
-    row = torch.arange(rows.start, rows.stop, device=memories.device).unsqueeze(1)
-    column = torch.arange(memories.size(1), device=memories.device)
-    hidden = column >= row
-    if own is not None:
-        same = row // length == column // length
-        hidden = same & (hidden | ~own[row // length])
-    return hidden | (memories == pad).unsqueeze(1)
-
-
 def exponential_sums(queries, states, targets, values, hidden):
     """Sums of exp(query . state), in log space.
 
@@ -112,3 +100,15 @@ def exponential_sums(queries, states, targets, values, hidden):
     differs = targets.unsqueeze(2) != values.unsqueeze(1)
     every = products.logsumexp(dim=2)
     return every, products.masked_fill(differs, -math.inf).logsumexp(dim=2)
+
+
+def _sums_of_rows(queries, states, targets, values, first: int, pad: int, own, length: int):
+    """See ``memory_log_sums``, for the rows from *first*; with *own* segments have *length*."""
+    row = torch.arange(first, first + targets.size(1), device=values.device).unsqueeze(1)
+    column = torch.arange(values.size(1), device=values.device)
+    hidden = column >= row
+    if own is not None:
+        same = row // length == column // length
+        hidden = same & (hidden | ~own[row // length])
+    hidden = hidden | (values == pad).unsqueeze(1)
+    return exponential_sums(queries, states, targets, values, hidden)

@@ -104,10 +104,18 @@ def loop_loss(model, sample, may_see):
 
 
 def _log_probs(model, features):
-    """Of every word, by fairseq."""
-    if model.decoder.adaptive_softmax is not None:
-        return model.decoder.adaptive_softmax.get_log_prob(features, None)
-    return model.decoder.output_layer(features).log_softmax(dim=-1)
+    """Of every word, shape (B, T, V)."""
+    softmax = model.decoder.adaptive_softmax
+    if softmax is None:
+        return model.decoder.output_layer(features).log_softmax(dim=-1)
+    # fairseq's own get_log_prob changes in place what gradients need
+    flat = features.view(-1, features.size(-1))
+    head = softmax.head(flat).log_softmax(dim=-1)
+    words = softmax.cutoff[0]
+    parts = [head[:, :words]]
+    for cluster, tail in enumerate(softmax.tail):
+        parts.append(head[:, words + cluster, None] + tail(flat).log_softmax(dim=-1))
+    return torch.cat(parts, dim=-1).view(*features.shape[:2], -1)
 
 
 def _normalised_logits(model, features):
@@ -139,7 +147,8 @@ def joint_nll(model, blocks, size, temperature=1.0, by_block=False, retrieve=Non
         hook = model.decoder.layers[-1].fc1.register_forward_pre_hook(
             lambda module, inputs, caught=caught: caught.append(inputs[0][:, 0])
         )
-        features = model(source[None], torch.tensor([len(source)]), features_only=True)[0]
+        lengths = torch.tensor([len(source)])
+        features = model(source[None], src_lengths=lengths, features_only=True)[0]
         hook.remove()
         log_p, logits = _log_probs(model, features)[0], _normalised_logits(model, features)[0]
         for at, word in enumerate(target.tolist()):
