@@ -23,8 +23,8 @@ from fairseq_knnlm.plugin.trime_batches import by_similarity, in_text_order
 
 TRAINING = (
     "--criterion trime_loss --optimizer adam --lr 0.01 --tokens-per-sample 32 --max-tokens 256 "
-    "--seed 7 --cpu --required-batch-size-multiple 1 --no-epoch-checkpoints --log-format simple --log-interval 1 "
-    + " ".join(NO_THREADS)
+    "--seed 7 --cpu --required-batch-size-multiple 1 --no-epoch-checkpoints --log-format simple "
+    "--log-interval 1 " + " ".join(NO_THREADS)
 )
 # In the second epoch.
 KILLED, UPDATES = 20, 24

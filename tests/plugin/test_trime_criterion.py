@@ -71,8 +71,8 @@ def test_external_sees_the_others_and_at_times_its_own(dropped, products, monkey
     monkeypatch.setattr(batch_memory, "MAX_PRODUCTS", products)
     model, sample = make_model("adaptive-tied").eval(), make_sample()
     external = criterion("external", trime_own_dropped=dropped)
-    found = loss_and_gradients(external, model, sample, seed=5)
-    torch.manual_seed(5)
+    found = loss_and_gradients(external, model, sample, seed=0)
+    torch.manual_seed(0)
     own = torch.rand(3) >= dropped
     assert own.any() != own.all() if dropped == 0.5 else own.all() == (dropped == 0.0)
     assert_equal(found, loop_loss(model, sample, sees("external", own)))
