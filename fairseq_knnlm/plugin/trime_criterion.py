@@ -14,6 +14,8 @@ from typing import Optional
 import torch
 from fairseq import utils
 from fairseq.criterions import FairseqCriterion, register_criterion
+from fairseq.criterions.adaptive_loss import AdaptiveLoss
+from fairseq.criterions.cross_entropy import CrossEntropyCriterion
 from fairseq.dataclass import ChoiceEnum, FairseqDataclass
 from fairseq.dataclass.constants import DDP_BACKEND_CHOICES
 from fairseq.logging import metrics
@@ -73,7 +75,8 @@ class TrimeLoss(FairseqCriterion):
     """Cross-entropy of one softmax over words and the memories of a batch.
 
     Without memory it is fairseq's ``cross_entropy`` or ``adaptive_loss``, as the model's softmax
-    is. Validation always looks at memory: with ``external`` at that of ``local``, as the other
+    is. (The latter leaves out the cluster of a word whose number within its cluster is that of the
+    padding; with memory no word is left out.) Validation always looks at memory: with ``external`` at that of ``local``, as the other
     segments of a split to be predicted are no memory.
 
     Args:
@@ -113,6 +116,8 @@ class TrimeLoss(FairseqCriterion):
             what is logged.
         """
         self._refuse_backend(model)
+        if not self._remembers():
+            return self._without_memory(model, sample, reduce)
         target = sample["target"]
         log_p_lm, log_p = self._log_probs(model, sample["net_input"], target)
         there = target.view(-1) != self.padding_idx
@@ -130,9 +135,15 @@ class TrimeLoss(FairseqCriterion):
         }
         return (loss.sum() if reduce else loss), sample_size, logging_output
 
+    def _without_memory(self, model, sample, reduce):
+        """What fairseq's own criterion for the model's softmax gives."""
+        cls = AdaptiveLoss if _is_adaptive(model) else CrossEntropyCriterion
+        stock = cls(self.task, self._sentence_avg)
+        loss, sample_size, logging_output = stock(model, sample, reduce)
+        return loss, sample_size, {**logging_output, "lm_loss": logging_output["loss"].sum()}
+
     def _log_probs(self, model, inputs: dict, target):
         """log p of the targets without and with memory, shape (B * T,), float32."""
-        remembers = self._remembers()
         with extractor_of(model, self.task.key) as extractor:
             features = model(**inputs, features_only=True)[0]
             states = extractor.keys.transpose(0, 1)  # (T, B, D) to (B, T, D)
@@ -141,10 +152,8 @@ class TrimeLoss(FairseqCriterion):
             model.decoder,
             features.reshape(-1, features.size(-1)),
             target.reshape(-1),
-            log_normalizer=remembers,
+            log_normalizer=True,
         )
-        if not remembers:
-            return log_p_lm, log_p_lm
         every, matching = self._log_sums(states, target)
         joined = joint_log_probs(log_p_lm, log_normalizer, every.view(-1), matching.view(-1))
         return log_p_lm, joined
@@ -167,8 +176,7 @@ class TrimeLoss(FairseqCriterion):
 
     def _refuse_backend(self, model) -> None:
         distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-        adaptive = getattr(model.decoder, "adaptive_softmax", None) is not None
-        if distributed and adaptive and self._backend in _WAITING_BACKENDS:
+        if distributed and _is_adaptive(model) and self._backend in _WAITING_BACKENDS:
             raise UserError(
                 f"--ddp-backend {self._backend} waits for a gradient of every parameter, which an "
                 "adaptive softmax does not have in every batch: pass --ddp-backend legacy_ddp"
@@ -200,6 +208,10 @@ class TrimeLoss(FairseqCriterion):
     def logging_outputs_can_be_summed() -> bool:
         """Whether ``reduce_metrics`` takes the sum of the outputs as well as the outputs."""
         return True
+
+
+def _is_adaptive(model) -> bool:
+    return getattr(model.decoder, "adaptive_softmax", None) is not None
 
 
 def _refuse_impossible(task, cfg) -> None:

@@ -109,7 +109,7 @@ def _log_probs(model, features):
     if softmax is None:
         return model.decoder.output_layer(features).log_softmax(dim=-1)
     # fairseq's own get_log_prob changes in place what gradients need
-    flat = features.view(-1, features.size(-1))
+    flat = features.reshape(-1, features.size(-1))
     head = softmax.head(flat).log_softmax(dim=-1)
     words = softmax.cutoff[0]
     parts = [head[:, :words]]
