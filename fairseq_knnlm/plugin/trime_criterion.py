@@ -76,8 +76,10 @@ class TrimeLoss(FairseqCriterion):
 
     Without memory it is fairseq's ``cross_entropy`` or ``adaptive_loss``, as the model's softmax
     is. (The latter leaves out the cluster of a word whose number within its cluster is that of the
-    padding; with memory no word is left out.) Validation always looks at memory: with ``external`` at that of ``local``, as the other
-    segments of a split to be predicted are no memory.
+    padding; with memory no word is left out.)
+
+    Validation always looks at memory: with ``external`` at that of ``local``, as the other segments
+    of a split to be predicted are no memory.
 
     Args:
         task (KNNLMTask): says which state is compared.
