@@ -121,7 +121,8 @@ def _log_probs(model, features):
 def _normalised_logits(model, features):
     """All logits, or those of the head of an adaptive softmax."""
     if model.decoder.adaptive_softmax is not None:
-        return model.decoder.adaptive_softmax.head(features).view(*features.shape[:2], -1)
+        head = model.decoder.adaptive_softmax.head(features.contiguous())
+        return head.view(*features.shape[:2], -1)
     return model.decoder.output_layer(features)
 
 

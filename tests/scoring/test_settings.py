@@ -22,7 +22,11 @@ def test_a_flag_is_spelt_from_its_field():
 
 
 def test_every_setting_has_a_flag():
-    flags = {flag_of(name) for name in KNNLMConfig.__dataclass_fields__ if name.startswith("knn_")}
+    flags = {
+        flag_of(name)
+        for name in KNNLMConfig.__dataclass_fields__
+        if name.startswith(("knn_", "trime_"))
+    }
     assert {flag_of(name) for name in Settings._fields} <= flags
 
 
