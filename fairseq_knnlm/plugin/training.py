@@ -7,7 +7,7 @@ from fairseq import utils
 from fairseq.tasks.language_modeling import LanguageModelingTask
 
 from .stock_flags import whole_configuration
-from .trime_batches import by_similarity, in_text_order
+from .trime_batches import by_similarity, in_text_order, refuse_lonely
 from .trime_criterion import TrimeLoss
 
 
@@ -43,10 +43,17 @@ class TrainingTask(LanguageModelingTask):
         Args:
             dataset: from ``load_dataset``.
             args, kwargs: as in fairseq.
+
+        Raises:
+            UserError: if a batch holds one segment, and the memory is the others.
         """
+        is_train = dataset is self.datasets.get(self._train_subset())
+        if is_train and self._memory in ("long", "external"):
+            limits = kwargs.get("max_tokens"), kwargs.get("max_sentences")
+            refuse_lonely(self._memory, dataset.sizes, *limits)
         if self._memory == "long":
             dataset = in_text_order(dataset)
-        elif self._memory == "external" and dataset is self.datasets.get(self._train_subset()):
+        elif self._memory == "external" and is_train:
             epoch = kwargs.get("epoch", 1)
             paths = utils.split_paths(self.args.data)
             prefix = os.path.join(paths[(epoch - 1) % len(paths)], self._train_subset())

@@ -5,12 +5,14 @@ together in the order stays together, and in order.
 """
 
 import functools
-from typing import Callable
+import math
+from typing import Callable, Optional
 
 import numpy as np
 import torch.distributed as dist
 from fairseq.data import BaseWrapperDataset
 
+from ..errors import UserError
 from .similar_segments import cached_similar_segments, order_of_similar
 
 
@@ -30,6 +32,29 @@ class OrderedDataset(BaseWrapperDataset):
     def ordered_indices(self) -> np.ndarray:
         """The order from which batches are cut."""
         return self._order()
+
+
+def refuse_lonely(
+    memory: str, sizes: np.ndarray, max_tokens: Optional[int], max_sentences: Optional[int]
+) -> None:
+    """Refuse batches of one segment, where the memory is the other segments of the batch.
+
+    Args:
+        memory (str): as ``--trime-memory``, for the message.
+        sizes (ndarray): shape (M,), tokens of each segment.
+        max_tokens, max_sentences (int): most tokens and segments of a batch; None: any number.
+
+    Raises:
+        UserError: naming the flags to change.
+    """
+    typical = int(np.median(sizes))
+    by_tokens = math.inf if max_tokens is None else max_tokens // max(1, typical)
+    if min(by_tokens, math.inf if max_sentences is None else max_sentences) < 2:
+        raise UserError(
+            f"--trime-memory {memory} looks at the other segments of a batch, and a batch holds one "
+            f"segment of {typical} tokens: raise --max-tokens and --batch-size, or lower "
+            "--tokens-per-sample"
+        )
 
 
 def in_text_order(dataset) -> OrderedDataset:

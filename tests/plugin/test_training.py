@@ -1,5 +1,6 @@
 """Training with fairseq-train and memory: its batches, its warm-up, going on, two processes."""
 
+import contextlib
 import re
 import shutil
 import types
@@ -19,7 +20,8 @@ from helpers.commands import (
 )
 from helpers.small import make_dictionary
 
-from fairseq_knnlm.plugin.trime_batches import by_similarity, in_text_order
+from fairseq_knnlm.errors import UserError
+from fairseq_knnlm.plugin.trime_batches import by_similarity, in_text_order, refuse_lonely
 
 TRAINING = (
     "--criterion trime_loss --optimizer adam --lr 0.01 --tokens-per-sample 32 --max-tokens 256 "
@@ -101,6 +103,13 @@ class Text(types.SimpleNamespace):
 def test_long_keeps_the_order_of_the_text():
     text = Text(segments=[np.arange(4)] * 9)
     assert in_text_order(text).ordered_indices().tolist() == list(range(9))
+
+
+@pytest.mark.parametrize("limits, holds", [((63, None), 1), ((64, 1), 1), ((64, None), 2)])
+def test_batches_of_one_segment_are_refused(limits, holds):
+    sizes = np.array([32] * 9 + [5])
+    with contextlib.nullcontext() if holds > 1 else pytest.raises(UserError, match="--max-tokens"):
+        refuse_lonely("long", sizes, *limits)
 
 
 def test_external_is_another_order_each_time_the_same_for_a_seed(tmp_path):
