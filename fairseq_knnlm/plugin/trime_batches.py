@@ -51,8 +51,8 @@ def refuse_lonely(
     by_tokens = math.inf if max_tokens is None else max_tokens // max(1, typical)
     if min(by_tokens, math.inf if max_sentences is None else max_sentences) < 2:
         raise UserError(
-            f"--trime-memory {memory} looks at the other segments of a batch, and a batch holds one "
-            f"segment of {typical} tokens: raise --max-tokens and --batch-size, or lower "
+            f"--trime-memory {memory} looks at the other segments of a batch, and a batch holds "
+            f"one of {typical} tokens: raise --max-tokens and --batch-size, or lower "
             "--tokens-per-sample"
         )
 

@@ -96,7 +96,9 @@ def exponential_sums(queries, states, targets, values, hidden):
         tuple of Tensor: shape (B, N), natural log, over all states that a query sees and over those
         with its target; -inf where there is none.
     """
-    products = torch.bmm(queries, states.transpose(1, 2)).masked_fill(hidden, -math.inf)
+    with torch.autocast(queries.device.type, enabled=False):  # --amp would round the products
+        products = torch.bmm(queries, states.transpose(1, 2))
+    products = products.masked_fill(hidden, -math.inf)
     differs = targets.unsqueeze(2) != values.unsqueeze(1)
     every = products.logsumexp(dim=2)
     return every, products.masked_fill(differs, -math.inf).logsumexp(dim=2)
