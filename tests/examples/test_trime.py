@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import sys
 
 import pytest
 from fairseq import options
@@ -22,6 +23,9 @@ PARSERS = {
 def recipe(monkeypatch):
     monkeypatch.syspath_prepend(str(REPOSITORY / "examples"))
     monkeypatch.syspath_prepend(str(REPOSITORY / "examples" / "sotu"))
+    for name in ("demo", "report"):  # other examples have modules of these names
+        monkeypatch.setitem(sys.modules, name, None)
+        del sys.modules[name]
     spec = importlib.util.spec_from_file_location("trime_run", FOLDER / "run.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
