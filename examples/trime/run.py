@@ -7,7 +7,7 @@
 
 The corpus, the model and the number of updates are those of examples/sotu/demo.py; all trainings
 differ in the criterion and the order of the batches alone. At the end stands a table beside the
-paper's figures of its model of 7M parameters (Zhong, Lei and Chen, EMNLP 2022, Tables 2 and 3).
+paper's figures of its model of 7M parameters (Zhong, Lei and Chen, EMNLP 2022).
 What has finished is not done again.
 """
 

@@ -1,6 +1,6 @@
 """Segments of a text put together by the words that they share, for TRIME's external memory.
 
-Zhong, Lei and Chen (EMNLP 2022), section 4.2: from a random segment to the best of its hits by BM25
+Zhong, Lei and Chen (EMNLP 2022): from a random segment to the best of its hits by BM25
 that is not in any batch yet, else to a random one. The only door to bm25s.
 """
 

@@ -7,7 +7,6 @@ their types: no postponed annotations here.
 """
 
 import math
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Optional
 
@@ -185,11 +184,11 @@ class TrimeLoss(FairseqCriterion):
             )
 
     @staticmethod
-    def reduce_metrics(logging_outputs: Iterable[dict]) -> None:
+    def reduce_metrics(logging_outputs: list) -> None:
         """Log the loss with memory, as fairseq does, and that of the language model alone.
 
         Args:
-            logging_outputs: of ``forward``, from all batches and processes, or their sum.
+            logging_outputs (list of dict): of ``forward``, from all batches and processes, or their sum.
         """
         total = {
             name: sum(utils.item(log.get(name, 0)) for log in logging_outputs)

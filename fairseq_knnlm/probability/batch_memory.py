@@ -1,6 +1,6 @@
 """A softmax over words and memories at once, whose memories are tokens of the batch itself.
 
-Zhong, Lei and Chen (EMNLP 2022), section 3 (TRIME): p(w|c) is proportional to
+Zhong, Lei and Chen (EMNLP 2022), TRIME: p(w|c) is proportional to
 
     exp(z_w) + sum over the memories (f(c_j), w_j) with w_j = w of exp(f(c) . f(c_j) / sqrt(D))
 
@@ -68,7 +68,7 @@ def joint_log_probs(log_p_lm, log_normalizer, every, matching) -> torch.Tensor:
     """Log-probability of the targets by one softmax over words and memories.
 
     With Z = exp(log_normalizer): (Z p_lm + exp(matching)) / (Z + exp(every)). Of an adaptive
-    softmax Z is that of its head, as in section 3.4 of the paper.
+    softmax Z is that of its head, as in the paper.
 
     Args:
         log_p_lm (Tensor): shape (N,), float32, natural log, by the language model.

@@ -1,6 +1,6 @@
 """The last tokens of a text as the memory of one softmax over words and memories.
 
-Zhong, Lei and Chen (EMNLP 2022), section 5.1: what ``batch_memory`` is to the batches of training,
+Zhong, Lei and Chen (EMNLP 2022): what ``batch_memory`` is to the batches of training,
 for a text that is evaluated from front to back. A continuous cache has a distribution and a weight
 of its own; here how much the memory has to say is part of the sums.
 """

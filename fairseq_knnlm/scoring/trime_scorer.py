@@ -1,6 +1,6 @@
 """Evaluation with one softmax over words and memories, as a model of TRIME was trained.
 
-Zhong, Lei and Chen (EMNLP 2022), section 5.1. The memories are the last tokens of the text; with a
+Zhong, Lei and Chen (EMNLP 2022). The memories are the last tokens of the text; with a
 datastore of inner products those that are retrieved join them, and are then mixed in once more.
 """
 
