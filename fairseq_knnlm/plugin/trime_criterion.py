@@ -188,7 +188,8 @@ class TrimeLoss(FairseqCriterion):
         """Log the loss with memory, as fairseq does, and that of the language model alone.
 
         Args:
-            logging_outputs (list of dict): of ``forward``, from all batches and processes, or their sum.
+            logging_outputs (list of dict): of ``forward``, from all batches and processes, or
+                their sum.
         """
         total = {
             name: sum(utils.item(log.get(name, 0)) for log in logging_outputs)
