@@ -5,6 +5,7 @@ from typing import Optional
 import torch
 
 from ..encoding.blocks import document_starts
+from ..errors import UserError
 from ..probability.continuous_cache import ContinuousCache
 from .settings import Settings
 
@@ -15,7 +16,14 @@ def make_cache_reader(settings: Settings, eos: Optional[int] = None) -> Optional
     Args:
         settings (Settings): of search, mixture and cache.
         eos (int): id of the end of a line, for a cache that is emptied where documents begin.
+
+    Raises:
+        UserError: if it is to join the softmax of the language model, see ``trime_scorer``.
     """
+    if settings.trime_temperature is not None:
+        raise UserError(
+            "--trime-temperature is for fairseq-eval-lm and fairseq-knnlm-eval: drop it"
+        )
     if not settings.cache_size:
         return None
     thetas = None if settings.cache_theta is None else [settings.cache_theta]

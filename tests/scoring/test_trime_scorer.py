@@ -8,6 +8,8 @@ from helpers.commands import build, evaluate
 from helpers.trime import joint_nll
 
 from fairseq_knnlm.errors import UserError
+from fairseq_knnlm.scoring.cache_reader import make_cache_reader
+from fairseq_knnlm.scoring.settings import Settings
 
 TRIME = ("--trime-temperature", 1.2)
 
@@ -67,3 +69,8 @@ def test_what_is_retrieved_joins_the_softmax_and_is_mixed_in(data, checkpoints, 
 def test_flags_that_do_not_go_together_are_refused(flags, message, data, checkpoints):
     with pytest.raises(UserError, match=message):
         evaluate(data, checkpoints["plain"], *flags)
+
+
+def test_a_cache_of_its_own_distribution_is_not_made_in_its_place():
+    with pytest.raises(UserError, match="--trime-temperature is for fairseq-eval-lm"):
+        make_cache_reader(Settings(cache_size=9, trime_temperature=1.0))
