@@ -15,6 +15,8 @@ Weight = Union[float, torch.Tensor]
 # Two weights such as 0.9 and 0.1 need not add up to 1 in binary, still less in float32.
 ROUNDING = 1e-9
 _TENSOR_ROUNDING = 1e-6
+# What 1 - 0.99 - 0.01 leaves of 1: no weight for what has none.
+_NOTHING = 2.0**-50
 
 
 def mix(
@@ -180,7 +182,9 @@ def _share(weight: Weight, total: Weight) -> Weight:
     """*weight* as a share of *total*, at most 1; 0 of nothing."""
     if isinstance(weight, torch.Tensor):
         return (weight / total).clamp(max=1.0).masked_fill(total <= 0.0, 0.0)
-    return min(1.0, weight / total) if total > 0.0 else 0.0
+    if weight > 0.0 and total - weight < _NOTHING:
+        return 1.0
+    return weight / total if total > 0.0 else 0.0
 
 
 def _choose(condition: torch.Tensor, first: Weight, second: Weight) -> torch.Tensor:

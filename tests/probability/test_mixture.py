@@ -232,3 +232,14 @@ def test_weights_of_rows_without_memories():
     log_p = torch.tensor([-1.0, -2.0])
     assert weights_of_rows(log_p).tolist() == [[1.0, 0.0, 0.0]] * 2
     assert weights_of_rows(log_p, log_p, knn_lambda=0.25).tolist() == [[0.75, 0.25, 0.0]] * 2
+
+
+@pytest.mark.parametrize("knn_lambda", [0.01, 0.1, 0.3, 0.7, 0.9999])
+def test_weights_that_are_1_together_leave_the_model_none(knn_lambda):
+    """Also where 1 - mu is more than lambda by what float64 rounds."""
+    impossible = torch.tensor([-math.inf])
+    for cache_lambda in (1.0 - knn_lambda, round(1.0 - knn_lambda, 4)):
+        mixed = mix(torch.tensor([-1.0]), impossible, impossible, knn_lambda, cache_lambda)
+        assert mixed.item() == -math.inf
+    some = mix(torch.tensor([-1.0]), impossible, impossible, knn_lambda, 1.0 - knn_lambda - 1e-10)
+    assert some.item() == pytest.approx(-1 + math.log(1e-10), rel=1e-5)
