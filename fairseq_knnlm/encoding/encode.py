@@ -10,6 +10,7 @@ import torch.nn.functional as F
 
 from ..errors import UserError
 from ..progress import track
+from .confidence import of_logits
 from .key_extractor import KeyExtractor
 
 # Largest logits tensor, in elements; --softmax-batch can only make it smaller.
@@ -26,6 +27,8 @@ class Encoded(NamedTuple):
         adaptive softmax, of the logits of its head.
     top_log_p_lm, top_ids (Tensor): shape (N, n), float32 and int64, the n most probable tokens,
         the most probable first, and their log p_lm.
+    confidence (Tensor): shape (N, 2), float32, log-maximum and entropy of p_lm, of an adaptive
+        softmax of its head, see ``confidence.of_logits``.
     """
 
     log_p_lm: Optional[torch.Tensor]
@@ -33,6 +36,7 @@ class Encoded(NamedTuple):
     log_normalizer: Optional[torch.Tensor] = None
     top_log_p_lm: Optional[torch.Tensor] = None
     top_ids: Optional[torch.Tensor] = None
+    confidence: Optional[torch.Tensor] = None
 
 
 @torch.no_grad()
@@ -45,6 +49,7 @@ def encode(
     key_dtype: Optional[torch.dtype] = None,
     log_normalizer: bool = False,
     top: int = 0,
+    confidence: bool = False,
 ) -> Encoded:
     """Run a language model over a chunk.
 
@@ -57,12 +62,13 @@ def encode(
         key_dtype (torch.dtype): of the keys; None: the model's.
         log_normalizer (bool): whether it is wanted beside log p_lm.
         top (int): how many of the most probable tokens are wanted beside log p_lm, at most V.
+        confidence (bool): whether maximum and entropy of p_lm are wanted beside log p_lm.
 
     Returns:
         Encoded: rows in corpus order.
     """
     targets = sample["target"]
-    encoded = _empty(targets, log_probs, log_probs and log_normalizer, top if log_probs else 0)
+    encoded = _empty(targets, log_normalizer, top, confidence) if log_probs else Encoded(None, None)
     keys = None
     for batch in track("model", sample["batches"], len(sample["batches"])):
         inputs, lengths = batch["src_tokens"], batch["src_lengths"]
@@ -78,18 +84,19 @@ def encode(
     return encoded._replace(keys=keys)
 
 
-def _empty(targets, log_probs: bool, log_normalizer: bool, top: int) -> Encoded:
+def _empty(targets, log_normalizer: bool, top: int, confidence: bool) -> Encoded:
     """Memory for what the softmax gives of all rows, as far as it is wanted."""
 
     def new(*shape, dtype=torch.float32):
         return targets.new_empty(len(targets), *shape, dtype=dtype)
 
     return Encoded(
-        log_p_lm=new() if log_probs else None,
+        log_p_lm=new(),
         keys=None,
         log_normalizer=new() if log_normalizer else None,
         top_log_p_lm=new(top) if top else None,
         top_ids=new(top, dtype=torch.int64) if top else None,
+        confidence=new(2) if confidence else None,
     )
 
 
@@ -106,11 +113,12 @@ def _score(decoder, features, batch: dict, targets, softmax_batch: int, encoded:
     """
     rows = batch["rows"]
     flat = features.reshape(-1, features.size(-1))[batch["positions"]]  # (B, T, C) to (n, C)
-    with_normalizer = encoded.log_normalizer is not None
-    log_p, log_z = target_log_probs(decoder, flat, targets[rows], softmax_batch, with_normalizer)
-    encoded.log_p_lm[rows] = log_p
-    if with_normalizer:
-        encoded.log_normalizer[rows] = log_z
+    wanted = (part is not None for part in (encoded.log_normalizer, encoded.confidence))
+    scored = target_log_probs(decoder, flat, targets[rows], softmax_batch, *wanted)
+    parts = encoded.log_p_lm, encoded.log_normalizer, encoded.confidence
+    for part, of_batch in zip(parts, scored):
+        if part is not None:
+            part[rows] = of_batch
     if encoded.top_ids is not None:
         top = encoded.top_ids.size(1)
         encoded.top_log_p_lm[rows], encoded.top_ids[rows] = most_probable(
@@ -154,8 +162,13 @@ def learned_positions(model) -> Optional[int]:
 
 
 def target_log_probs(
-    decoder, features, targets, softmax_batch: int = 0, log_normalizer: bool = False
-) -> tuple[torch.Tensor, Optional[torch.Tensor]]:
+    decoder,
+    features,
+    targets,
+    softmax_batch: int = 0,
+    log_normalizer: bool = False,
+    confidence: bool = False,
+) -> tuple[torch.Tensor, Optional[torch.Tensor], Optional[torch.Tensor]]:
     """log p_lm of the targets, without the rest of the distribution.
 
     Of an adaptive softmax only the head and the clusters that hold a target are computed.
@@ -165,11 +178,11 @@ def target_log_probs(
         features (Tensor): shape (n, C), its output before the softmax.
         targets (LongTensor): shape (n,).
         softmax_batch (int): most rows of one softmax; 0: as many as memory allows.
-        log_normalizer (bool): whether it is wanted, see ``Encoded``.
+        log_normalizer, confidence (bool): whether they are wanted, see ``Encoded``.
 
     Returns:
-        tuple of Tensor: log p_lm, shape (n,), float32, natural log, and the log-normaliser, of the
-        same shape; None where it is not wanted.
+        tuple of Tensor: log p_lm, shape (n,), float32, natural log; the log-normaliser, of the same
+        shape; and maximum and entropy, shape (n, 2). None for what is not wanted.
     """
     softmax = getattr(decoder, "adaptive_softmax", None)
     if softmax is None:
@@ -177,13 +190,15 @@ def target_log_probs(
     else:
         score, width = _adaptive_log_probs, softmax.cutoff[0]
     step = _rows_at_a_time(width, softmax_batch)
-    log_p, log_z = [], []
+    log_p, log_z, sure = [], [], []
     for piece, target in zip(features.split(step), targets.split(step)):
         scores, logits = score(decoder, piece, target)
         log_p.append(scores)
         if log_normalizer:
             log_z.append(logits.float().logsumexp(dim=-1))
-    return torch.cat(log_p), torch.cat(log_z) if log_normalizer else None
+        if confidence:
+            sure.append(of_logits(logits))
+    return tuple(torch.cat(parts) if parts else None for parts in (log_p, log_z, sure))
 
 
 def most_probable(decoder, features, count: int, softmax_batch: int = 0):
