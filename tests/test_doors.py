@@ -27,6 +27,7 @@ ORDER = [
     "datastore",
     "search",
     "encoding",
+    "gating",
     "scoring",
     "inspection",
     "tuning",
