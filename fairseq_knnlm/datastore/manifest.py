@@ -8,7 +8,8 @@ A datastore is a directory that explains itself:
 - ``positions.npy``, int64, shape (N,): the position in the text of the value of each row. Only
   where that is not the number of the row: without it row i is position i;
 - ``index.faiss``, the search structure over the keys;
-- ``tuned.json``, only where ``fairseq-knnlm-tune`` has run: the setting that it chose.
+- ``tuned.json``, only where ``fairseq-knnlm-tune`` has run: the setting that it chose; and
+  ``gate.npz``, only where it fitted a gate: see ``gating.store``.
 
 Fields of the manifest:
 
@@ -46,13 +47,14 @@ from .layout import (
 )
 from .schema import FORMAT_VERSION, refuse_faulty
 
-SETTINGS, TUNED = "building.json", "tuned.json"
+SETTINGS, TUNED, GATE = "building.json", "tuned.json", "gate.npz"
 # All that a finished datastore has, or may have. Without the first there is none.
-PARTS = MANIFEST, SETTINGS, TUNED, KEYS, VALUES, POSITIONS, INDEX
+PARTS = MANIFEST, SETTINGS, TUNED, GATE, KEYS, VALUES, POSITIONS, INDEX
 
 # The names of files and their layout are of this module too, for those who read or write them.
 __all__ = [
     "FORMAT_VERSION",
+    "GATE",
     "INDEX",
     "KEYS",
     "MANIFEST",

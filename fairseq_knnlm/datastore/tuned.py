@@ -2,17 +2,20 @@
 
 ``tuned.json`` lies beside the manifest; of several datastores that were searched as one it lies in
 the first. It names the datastores by the checksums of their manifests, and so the model, the text
-and the index that it holds for: it is of no use with others, and refused.
+and the index that it holds for: it is of no use with others, and refused. A gate that was fitted
+lies beside it as ``gate.npz``, and ``tuned.json`` has its checksum.
 """
 
+import contextlib
 import os
 from collections.abc import Sequence
 from typing import Optional
 
 from ..errors import UserError
-from ..fields import CHECKSUMS, TEXT, Kind, Record, faults, is_whole, whole
+from ..fields import CHECKSUM, CHECKSUMS, TEXT, Kind, Record, faults, is_whole, whole
+from ..files import checksum as checksum_of
 from ..files import is_rendered, parse_json, render, write_atomically
-from .manifest import TUNED, read_manifest
+from .manifest import GATE, TUNED, read_manifest
 
 FORMAT_VERSION = 1
 # The settings in it are for ``scoring.tuned_settings`` to check.
@@ -26,19 +29,24 @@ _FIELDS = Record(
             lambda value: CHECKSUMS.holds(value) and len(value) > 0,
         ),
     },
-    {"tuned_on": Record({"split": TEXT}, {"tokens": whole(0)})},
+    {
+        "tuned_on": Record({"split": TEXT}, {"tokens": whole(0)}),
+        "gate": TEXT,
+        "gate_checksum": CHECKSUM,
+    },
 )
 # Field of a setting with a continuous cache: k, lambda and temperature of neighbours alone.
 WITHOUT_CACHE = "without_cache"
 
 
-def save_tuned(paths: Sequence[str], tuned: dict) -> str:
+def save_tuned(paths: Sequence[str], tuned: dict, gate: Optional[bytes] = None) -> str:
     """Store what was tuned with datastores in the first of them.
 
     Args:
         paths (sequence of str): their directories, in the order they were searched in.
         tuned (dict): JSON, finite numbers only; the settings of the search and of the mixture are
             among it.
+        gate (bytes): the file of a gate that is a part of it; None: there is none.
 
     Returns:
         str: the file.
@@ -50,9 +58,16 @@ def save_tuned(paths: Sequence[str], tuned: dict) -> str:
     _refuse_none(paths)
     path = os.path.join(paths[0], TUNED)
     checksums = [read_manifest(each)["checksum"] for each in paths]
-    write_atomically(
-        path, render({"format_version": FORMAT_VERSION, "datastores": checksums, **tuned})
-    )
+    tuned = {"format_version": FORMAT_VERSION, "datastores": checksums, **tuned}
+    gate_path = os.path.join(paths[0], GATE)
+    if gate is not None:
+        # First, so that there is never a setting without its gate.
+        write_atomically(gate_path, gate)
+        tuned["gate_checksum"] = checksum_of(gate)
+    write_atomically(path, render(tuned))
+    if gate is None:
+        with contextlib.suppress(FileNotFoundError):
+            os.remove(gate_path)
     return path
 
 
@@ -150,11 +165,43 @@ def in_words(tuned: dict) -> str:
             f"cache {tuned['cache_size']} of weight {tuned['cache_lambda']:g}, theta "
             f"{tuned['cache_theta']:g}"
         )
+    if "gate" in tuned:
+        parts.append(f"gate {tuned['gate']}")
     if "tuned_on" in tuned:
         parts.append(f"on {tuned['tuned_on']['split']}")
         if "tokens" in tuned["tuned_on"]:
             parts.append(f"{tuned['tuned_on']['tokens']:,} tokens")
     return ", ".join(parts)
+
+
+def read_gate(path: str, tuned: dict) -> Optional[bytes]:
+    """The file of the gate that is a part of what was tuned; None where none is.
+
+    Args:
+        path (str): directory of the first datastore that was tuned with.
+        tuned (dict): from ``tuned_for``.
+
+    Raises:
+        UserError: if it is missing, or is not the one that was fitted then.
+    """
+    expected = tuned.get("gate_checksum")
+    if expected is None:
+        return None
+    path = os.path.join(path, GATE)
+    try:
+        with open(path, "rb") as file:
+            data = file.read()
+    except OSError as error:
+        raise UserError(
+            f"{path} cannot be read ({error.strerror}), the gate that --knn-tuned needs: run "
+            "fairseq-knnlm-tune again"
+        ) from None
+    if checksum_of(data) != expected:
+        raise UserError(
+            f"{path} (checksum {checksum_of(data)}) is not the gate that was fitted with what "
+            f"{TUNED} beside it holds ({expected}): run fairseq-knnlm-tune again"
+        )
+    return data
 
 
 def _refuse_none(paths: Sequence[str]) -> None:

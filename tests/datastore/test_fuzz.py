@@ -1,11 +1,14 @@
 """Manifest and tuned.json with anything in them: a refusal in words, or what was written."""
 
 import copy as copying
+import io
 import json
 import os
 
 import numpy as np
 import pytest
+import torch
+from helpers.gates import make_gates
 from helpers.small import make_datastore, settings
 from helpers.writing import COUNT, SIZES, make_rows
 from hypothesis import HealthCheck, given
@@ -14,8 +17,11 @@ from hypothesis import strategies as st
 
 from fairseq_knnlm.datastore import Datastore, read_tuned, save_tuned
 from fairseq_knnlm.datastore.manifest import MANIFEST, TUNED
+from fairseq_knnlm.datastore.tuned import read_gate
 from fairseq_knnlm.errors import UserError
 from fairseq_knnlm.files import render
+from fairseq_knnlm.gating import Nest, from_bytes, to_bytes
+from fairseq_knnlm.gating.ngram_counts import ORDERS
 from fairseq_knnlm.scoring.settings import Settings, range_faults
 from fairseq_knnlm.scoring.tuned_settings import settings_of_tuned
 
@@ -91,6 +97,12 @@ def datastore(tmp_path_factory):
         return path, json.load(file)
 
 
+@pytest.fixture(scope="module")
+def gates():
+    """The file of a gate of each kind."""
+    return {kind: to_bytes(gate) for kind, gate in make_gates().items()}
+
+
 def write(path, name, fields):
     with open(os.path.join(path, name), "wb") as file:
         file.write(render(fields))
@@ -145,3 +157,51 @@ def test_a_tuned_file_of_anything(datastore, edits):
     assert all(isinstance(number, int) and number >= 1 for number in (used.k, used.nprobe))
     assert 0 <= used.knn_lambda <= 1 and used.distances in ("exact", "index", "exhaustive")
     assert used.temperature == "auto" or 0 < used.temperature < np.inf
+
+
+@fuzzed
+@given(edits=EDITS)
+def test_a_tuned_file_of_anything_with_a_gate(datastore, edits):
+    path, manifest = datastore
+    write(path, MANIFEST, manifest)
+    gate = to_bytes(Nest(8, 10.0, alpha=0.3, tau=0.1, cache_share=0.2))
+    save_tuned([path], {**TUNED_SETTINGS, "gate": "nest"}, gate)
+    with open(os.path.join(path, TUNED)) as file:
+        stored = json.load(file)
+    write(path, TUNED, edited(stored, edits))
+    try:
+        found = read_gate(path, read_tuned(path))
+    except UserError as error:
+        assert TUNED in str(error)
+        return
+    assert found in (gate, None)
+
+
+@fuzzed
+@given(
+    kind=st.sampled_from(["nest", "buckets", "learned"]),
+    edits=EDITS,
+    cut=st.integers(0, 400) | st.none(),
+)
+def test_a_gate_of_anything(gates, kind, edits, cut):
+    """Numbers that a gate can have, or a refusal in words; also where the checksum fits."""
+    with np.load(io.BytesIO(gates[kind])) as file:
+        arrays = {name: file[name] for name in file.files}
+    about = edited(json.loads(str(arrays["about"])), edits)
+    file = io.BytesIO()
+    np.savez(file, **{**arrays, "about": np.array(json.dumps(about))})
+    data = file.getvalue() if cut is None else file.getvalue()[:-cut]
+    try:
+        gate = from_bytes(data)
+    except UserError as error:
+        assert "gate" in str(error)
+        return
+    before = None
+    if gate.looks_before:
+        before = gate.look(torch.zeros(3, 6), torch.zeros(3, 2), torch.full((3, ORDERS), -1))
+    values = torch.zeros(3, gate.k, dtype=torch.long) if gate.k < 1000 else None
+    if values is None:
+        return
+    weights = gate.weigh(before, torch.ones(3, gate.k), values)
+    total = weights.knn_lambda + weights.cache
+    assert (weights.knn >= 0).all() and (weights.cache >= 0).all() and (total <= 1 + 1e-5).all()
