@@ -6,9 +6,10 @@ from collections.abc import Iterator
 
 from ..datastore.datastore import Datastore
 from ..datastore.manifest import INDEX, refuse_part
-from ..datastore.tuned import in_words, read_tuned
+from ..datastore.tuned import in_words, read_gate, read_tuned
 from ..errors import UserError
 from ..files import refuse_unwritable
+from ..gating.store import from_bytes
 from ..plugin.results import description, write_results
 from ..scoring.tuned_settings import settings_of_tuned
 from ..units import in_bytes
@@ -158,7 +159,11 @@ def describe_tuned(datastore: Datastore) -> Iterator[str]:
     if datastore.manifest["checksum"] not in tuned["datastores"]:
         yield "tuned        no: what is stored was tuned before the datastore was built again"
         return
-    settings_of_tuned(tuned, datastore.path)  # refuses what cannot be used
+    # Both refuse what cannot be used.
+    settings_of_tuned(tuned, datastore.path)
+    gate = read_gate(datastore.path, tuned)
+    if gate is not None:
+        from_bytes(gate)
     others = len(tuned["datastores"]) - 1
     yield f"tuned        {in_words(tuned)}" + (
         f", with {others} other datastores" if others else ""

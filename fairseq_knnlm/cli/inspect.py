@@ -14,6 +14,7 @@ from ..encoding.key_extractor import extractor_of
 from ..encoding.samples import only_rows, to_device
 from ..errors import UserError
 from ..files import refuse_unwritable_outputs, write_atomically, write_json
+from ..gating.gated_search import looked, looks_before
 from ..inspection import as_html, as_text
 from ..inspection.tokens import GUESSES, Inspector, Passage, Token
 from ..plugin.results import circumstances, write_results
@@ -111,6 +112,7 @@ def run(cfg, args):
     passage = Passage(
         source, _described(cfg, task, settings), tokens, len(task.retriever.datastores),
         with_cache=settings.cache_size > 0, words=_words(cfg, task, tokens),
+        gated=task.gate is not None,
     )  # fmt: skip
     outputs = Outputs()
     with outputs.writing("to standard output"):
@@ -147,6 +149,11 @@ def _check(cfg, args) -> Optional[tuple[int, int]]:
         raise UserError(
             "which text? Expected either --input FILE or --positions START:STOP (of "
             f"--gen-subset), got {'both' if args.passage else 'neither'}"
+        )
+    if cfg.task.knn_skip:
+        raise UserError(
+            f"--knn-skip {cfg.task.knn_skip}: fairseq-knnlm-inspect shows the neighbours of every "
+            "token: drop it"
         )
     if args.passage is not None and cfg.task.shorten_method != "none":
         raise UserError(
@@ -200,7 +207,8 @@ def _look(
     cfg, args, task, model, settings: Settings, dataset, span, words: Optional[list] = None
 ) -> list[Token]:
     """What is known of the target tokens of a span; *words*: all of the split, as written."""
-    retriever, cache = task.retriever, make_cache_reader(settings, task.target_dictionary.eos())
+    retriever, gate = task.retriever, task.gate
+    cache = make_cache_reader(settings, task.target_dictionary.eos())
     inspector = Inspector(
         retriever.datastores,
         task.target_dictionary,
@@ -209,6 +217,7 @@ def _look(
         args.knn_show_neighbors,
         args.window,
         settings.cache_lambda,
+        gate,
     )
     tokens = []
     with extractor_of(model, retriever.key) as extractor:
@@ -217,17 +226,23 @@ def _look(
                 cache.log_probs(encode(model, sample, extractor, log_probs=False).keys, sample)
                 continue
             encoded = encode(
-                model, sample, extractor, softmax_batch=cfg.eval_lm.softmax_batch, top=GUESSES
+                model,
+                sample,
+                extractor,
+                softmax_batch=cfg.eval_lm.softmax_batch,
+                top=GUESSES,
+                confidence=looks_before(gate),
             )
             refuse_not_finite(encoded)
             neighbors = retriever.search(encoded.keys)
+            before = None if gate is None else looked(gate, encoded, sample)
             log_p_cache = cache_top = None
             if cache is not None:
                 log_p_cache, *cache_top = cache.log_probs_and_top(encoded.keys, sample, GUESSES)
             written = words[first : first + sample["ntokens"]] if words else None
             tokens += inspector.tokens(
                 first, sample["target"], encoded.log_p_lm, neighbors, written,
-                (encoded.top_log_p_lm, encoded.top_ids), log_p_cache, cache_top,
+                (encoded.top_log_p_lm, encoded.top_ids), log_p_cache, cache_top, before,
             )  # fmt: skip
     return tokens
 
@@ -269,7 +284,7 @@ def _described(cfg, task, settings: Settings) -> dict:
         "checkpoint": cfg.common_eval.path,
         "datastore": cfg.task.knn_datastore,
         "k": task.retriever.k,
-        "lambda": settings.knn_lambda,
+        "lambda": settings.knn_lambda if task.gate is None else "of each token",
         "temperature": settings.temperature,
         "metric": task.retriever.metric,
         **{name.replace("_", " "): task.in_effect.value_in_words(name) for name in names},

@@ -34,6 +34,8 @@ def render(passage: Passage, color: bool = False) -> Iterator[str]:
         yield from _token(token, paint)
         if passage.with_cache:
             yield _weights(token)
+        elif passage.gated:
+            yield f"{_INDENT}lambda {token.knn_lambda:.3f}"
         yield from _guesses("the model says", token.lm_guesses)
         yield from _guesses("the memory says", token.knn_guesses)
         yield from _guesses("the cache says", token.cache_guesses)

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from ..errors import UserError
+from ..gating.gates import Gate, joined
 from ..neighbors import Neighbors
 from ..probability.knn import knn_log_probs, knn_weights
 from ..probability.metrics import perplexity
@@ -121,6 +122,9 @@ class Token(NamedTuple):
             **self._asdict(),
             **{name: [each._asdict() for each in getattr(self, name)] for name in lists},
         }
+        if self.knn_lambda is None:
+            del fields["knn_lambda"]
+        return fields
 
 
 class Passage(NamedTuple):
@@ -132,6 +136,7 @@ class Passage(NamedTuple):
     datastores (int): how many were searched.
     with_cache (bool): whether a continuous cache is one of the memories.
     words (int): how many words the tokens are, of which perplexity is; None: it is of tokens.
+    gated (bool): whether a gate weighs each token.
     """
 
     source: str
@@ -140,6 +145,7 @@ class Passage(NamedTuple):
     datastores: int
     with_cache: bool = False
     words: Optional[int] = None
+    gated: bool = False
 
     @property
     def counted(self) -> int:
@@ -238,13 +244,22 @@ class Inspector:
         show (int): nearest neighbours to describe for each token, >= 1.
         window (int): tokens of context on either side of a neighbour, >= 0.
         cache_lambda (float): weight of p_cache, in [0, 1], of tokens that a cache is asked for.
+        gate (Gate): says weights and temperature of each token; None: they are the same for all.
 
     Raises:
         UserError: if a number is outside its range.
     """
 
     def __init__(
-        self, datastores, dictionary, knn_lambda, temperature, show=3, window=8, cache_lambda=0.0
+        self,
+        datastores,
+        dictionary,
+        knn_lambda,
+        temperature,
+        show=3,
+        window=8,
+        cache_lambda=0.0,
+        gate: Optional[Gate] = None,
     ):
         for name, value, holds, expected in (
             ("datastores", len(datastores), len(datastores) >= 1, "one or more"),
@@ -261,6 +276,7 @@ class Inspector:
         self.temperature = temperature
         self.show = show
         self.window = window
+        self._gate = gate
         self._datastores = datastores
         self._last_ids = np.cumsum([len(datastore) for datastore in datastores]) - 1
         self._lines = functools.lru_cache(maxsize=None)(
@@ -277,6 +293,7 @@ class Inspector:
         lm_top: Optional[Top] = None,
         log_p_cache: Optional[torch.Tensor] = None,
         cache_top: Optional[Top] = None,
+        before: Optional[torch.Tensor] = None,
     ) -> list[Token]:
         """What is known of consecutive tokens.
 
@@ -292,20 +309,23 @@ class Inspector:
             log_p_cache (Tensor): shape (N,), natural log, nan where the cache is empty; None
                 without one.
             cache_top (tuple of Tensor): as *lm_top*, of the cache; -inf where there are fewer.
+            before (Tensor): shape (N, F), what the gate knows before a search (``Gate.look``).
 
         Returns:
             list of Token: N of them.
         """
         targets, log_p_lm = targets.cpu(), log_p_lm.cpu()
+        before = None if before is None else before.cpu()
         neighbors = Neighbors(*(part.cpu() for part in neighbors))
-        log_p_knn = knn_log_probs(neighbors.distances, neighbors.values, targets, self.temperature)
         log_p_cache = None if log_p_cache is None else log_p_cache.cpu()
-        mixture = (log_p_lm, log_p_knn, log_p_cache, self.knn_lambda, self.cache_lambda)
+        log_p_knn, weights, *lambdas = self._weighed(
+            targets, neighbors, before, log_p_cache is not None
+        )
+        mixture = (log_p_lm, log_p_knn, log_p_cache, *lambdas)
         log_p = mix(*mixture)
         columns = (log_p_lm, log_p_knn, log_p, log_p - log_p_lm, *weights_of_rows(*mixture).t())
         rows = torch.stack([column.double() for column in columns], dim=1).tolist()
         p_cache = _probabilities(log_p_cache, len(targets))
-        weights = knn_weights(neighbors.distances, self.temperature)
         lm_best, cache_best = (
             _pairs(*top) if top else [[]] * len(targets) for top in (lm_top, cache_top)
         )
@@ -325,6 +345,29 @@ class Inspector:
             )
             for i, target in enumerate(targets.tolist())
         ]
+
+    def _weighed(self, targets, neighbors: Neighbors, before, with_cache: bool):
+        """What neighbours say, and how much it counts.
+
+        Returns:
+            tuple: log p_knn, shape (N,); the share of each neighbour in it, shape (N, k); and the
+            weights of p_knn and p_cache, of all tokens or of each.
+        """
+        distances, values, _ = neighbors
+        if self._gate is None:
+            log_p_knn = knn_log_probs(distances, values, targets, self.temperature)
+            shares = knn_weights(distances, self.temperature)
+            return log_p_knn, shares, self.knn_lambda, self.cache_lambda
+        weights = self._gate.weigh(before, distances, values)
+        if not with_cache:
+            weights = weights.without_cache()
+        temperatures = self._gate.temperatures
+        every = [knn_log_probs(distances, values, targets, each) for each in temperatures]
+        parts = zip(weights.knn.t(), (knn_weights(distances, each) for each in temperatures))
+        shares = sum(weight.unsqueeze(1) * part for weight, part in parts)
+        knn_lambda = weights.knn_lambda
+        shares /= knn_lambda.clamp(min=torch.finfo(torch.float32).tiny).unsqueeze(1)
+        return joined(weights, every), shares, knn_lambda, weights.cache
 
     def _memories(self, target: int, weights, distances, values, ids) -> tuple[int, list[Memory]]:
         """How many of a token's neighbours match, and those to describe."""

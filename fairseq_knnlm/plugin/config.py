@@ -47,6 +47,9 @@ _NEIGHBOR_FLAGS = (
     "knn_index",
 )  # fmt: skip
 
+# Settings that are given beside --knn-tuned.
+_NEVER_TUNED = ("skip",)
+
 
 @dataclass
 class KNNLMConfig(LanguageModelingConfig):
@@ -135,7 +138,15 @@ class KNNLMConfig(LanguageModelingConfig):
         default=False,
         metadata={
             "help": "take k, lambda, temperature, nprobe, distances and the cache from what "
-            "fairseq-knnlm-tune chose and stored in the datastore"
+            "fairseq-knnlm-tune chose and stored in the datastore; with the gate that it fitted"
+        },
+    )
+    knn_skip: Optional[float] = field(
+        default=None,
+        metadata={
+            "help": "share of the searches that are not made, in [0, 1], with --knn-tuned and a "
+            "gate that fairseq-knnlm-tune --knn-gate learned fitted: tokens that gain least from "
+            "neighbours are scored by the language model alone (default: 0)"
         },
     )
     knn_device: ChoiceEnum(list(DEVICES)) = field(
@@ -229,6 +240,11 @@ def check_settings(flags) -> None:
     faults += trime_faults(given)
     if flags.knn_show_neighbors < 0:
         faults.append(f"--knn-show-neighbors must be >= 0, got {flags.knn_show_neighbors}")
+    if given.get("skip") and not flags.knn_tuned:
+        faults.append(
+            f"--knn-skip {given['skip']} needs --knn-tuned: a gate tells which searches to leave "
+            "out, and fairseq-knnlm-tune --knn-gate learned fits one"
+        )
     if flags.knn_tuned and not datastore_paths(flags):
         faults.append("--knn-tuned needs the --knn-datastore that was tuned")
     if faults:
@@ -306,7 +322,7 @@ def refuse_other_than_tuned(flags, tuned: dict) -> None:
     faults = [
         f"{flag_of(name)} is {value}, {tuned[name]} was tuned"
         for name, value in given_settings(flags).items()
-        if value != tuned[name]
+        if value != tuned[name] and name not in _NEVER_TUNED
     ]
     if faults:
         raise UserError(f"--knn-tuned: {'; '.join(faults)}: drop these flags, or --knn-tuned")

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Optional
 
 from ..errors import UserError
+from ..gating.gates import Gate
 from ..inspection.tokens import Inspector
 from ..scoring.settings import Settings
 from .commands import runs
@@ -73,7 +74,12 @@ def _continues_blocks(flags, args) -> bool:
 
 
 def make_memories(
-    flags, args, retriever: "Retriever", settings: Settings, dictionary
+    flags,
+    args,
+    retriever: "Retriever",
+    settings: Settings,
+    dictionary,
+    gate: Optional[Gate] = None,
 ) -> Optional[Memories]:
     """What ``--knn-show-neighbors`` asks for; None where it does not.
 
@@ -83,6 +89,7 @@ def make_memories(
         retriever (Retriever): searches the datastores.
         settings (Settings): weight and temperature.
         dictionary: fairseq's, of the targets.
+        gate (Gate): weighs the neighbours of each token; None: the weight is that of *settings*.
     """
     if not flags.knn_show_neighbors:
         return None
@@ -93,5 +100,6 @@ def make_memories(
         settings.knn_lambda,
         settings.temperature,
         flags.knn_show_neighbors,
+        gate=gate,
     )
     return Memories(inspector, args.nbest, len(datastores))

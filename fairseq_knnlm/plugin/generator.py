@@ -11,10 +11,13 @@ from typing import TYPE_CHECKING, Optional
 from fairseq import utils
 from fairseq.sequence_generator import EnsembleModel, SequenceGenerator
 
+from ..encoding.confidence import of_log_probs
 from ..encoding.encode import encode
 from ..encoding.key_extractor import extractor_of
 from ..encoding.samples import sample_of
 from ..errors import UserError
+from ..gating.gated_search import Gated, GatedSearch, looked, looks_before
+from ..gating.ngram_counts import ORDERS
 from ..probability.knn import vocabulary_log_probs
 from ..probability.mixture import mix
 from ..scoring.compatibility import refuse_ensemble
@@ -35,21 +38,30 @@ class KNNModel(EnsembleModel):
         models (list): of one fairseq decoder-only language model.
         retriever (Retriever): searches the datastore.
         settings (Settings): the weight of p_knn, below 1, and the temperature.
+        gated (GatedSearch): searches in place of the retriever and weighs each token; None: the
+            weight of *settings* is that of all tokens.
 
     Raises:
         UserError: for an ensemble of models, or a lambda of 1, with which a hypothesis could be
             unable to end.
     """
 
-    def __init__(self, models: list, retriever: "Retriever", settings: Settings):
+    def __init__(
+        self,
+        models: list,
+        retriever: "Retriever",
+        settings: Settings,
+        gated: Optional[GatedSearch] = None,
+    ):
         refuse_ensemble(len(models))
-        if settings.knn_lambda == 1.0:
+        if settings.knn_lambda == 1.0 and gated is None:
             raise UserError(
                 "generation needs a --knn-lambda below 1, got 1: words that no "
                 "neighbour has, in a prompt or as the </s> at --max-len-b, would be impossible"
             )
         super().__init__(models)
         self.retriever = retriever
+        self.gated = gated
         self._settings = settings
 
     def forward_decoder(self, tokens, encoder_outs, incremental_states, temperature=1.0):
@@ -68,16 +80,34 @@ class KNNModel(EnsembleModel):
         with extractor_of(self.single_model, self.retriever.key) as extractor:
             log_p_lm, attention = super().forward_decoder(tokens, encoder_outs, incremental_states)
             queries = extractor.keys[-1]  # (T, N, D) to (N, D)
-        neighbors = self.retriever.search(queries)
-        log_p_knn = vocabulary_log_probs(
-            neighbors.distances, neighbors.values, log_p_lm.size(1), self._settings.temperature
-        )
-        log_p = mix(log_p_lm, log_p_knn, knn_lambda=self._settings.knn_lambda)
+        if self.gated is None:
+            neighbors = self.retriever.search(queries)
+            log_p_knn = vocabulary_log_probs(
+                neighbors.distances, neighbors.values, log_p_lm.size(1), self._settings.temperature
+            )
+            knn_lambda = self._settings.knn_lambda
+        else:
+            log_p_knn, knn_lambda, _ = self._gated_log_p_knn(queries, log_p_lm, tokens)
+        log_p = mix(log_p_lm, log_p_knn, knn_lambda=knn_lambda)
         if temperature != 1.0:
             log_p = (log_p / temperature).log_softmax(dim=1)
         # fairseq reports a token's score as the difference of two sums over the text. In float32 it
         # would be wrong by 1e-4 after some hundred tokens.
         return log_p.double(), attention
+
+    def _gated_log_p_knn(self, queries, log_p_lm, tokens) -> Gated:
+        """log p_knn of the vocabulary, shape (N, V), and the weight of each row."""
+
+        def log_probs(rows, neighbors, temperature):
+            distances, values, _ = neighbors
+            return vocabulary_log_probs(distances, values, log_p_lm.size(1), temperature)
+
+        contexts = tokens.new_full((len(tokens), ORDERS), -1)
+        latest = tokens[:, -ORDERS:].flip(1)
+        contexts[:, : latest.size(1)] = latest
+        confidence = of_log_probs(log_p_lm, self.single_model.decoder.adaptive_softmax)
+        before = self.gated.gate.look(queries, confidence, contexts)
+        return self.gated.search(queries, before, log_probs)
 
 
 class KNNGenerator(SequenceGenerator):
@@ -139,10 +169,13 @@ class KNNGenerator(SequenceGenerator):
         source = tokens.roll(1)
         source[0] = bos
         model, retriever = self.model.single_model, self.model.retriever
+        gate = None if self.model.gated is None else self.model.gated.gate
+        sample = sample_of([source], [tokens], self.pad)
         with extractor_of(model, retriever.key) as extractor:
-            encoded = encode(model, sample_of([source], [tokens], self.pad), extractor)
+            encoded = encode(model, sample, extractor, confidence=looks_before(gate))
+        before = None if gate is None else looked(gate, encoded, sample)
         neighbors = retriever.search(encoded.keys)
-        self._memories.take(hypothesis, encoded.log_p_lm, neighbors, prompt_size)
+        self._memories.take(hypothesis, encoded.log_p_lm, neighbors, prompt_size, before)
 
 
 class ReferenceScorer(KNNScorer):
@@ -152,10 +185,17 @@ class ReferenceScorer(KNNScorer):
         dictionary: fairseq's, of the targets.
         retriever (Retriever): searches the datastore.
         settings (Settings): the weight of p_knn and the temperature.
+        gated (GatedSearch): see ``KNNScorer``.
     """
 
-    def __init__(self, dictionary, retriever: "Retriever", settings: Settings):
-        super().__init__(retriever, settings)
+    def __init__(
+        self,
+        dictionary,
+        retriever: "Retriever",
+        settings: Settings,
+        gated: Optional[GatedSearch] = None,
+    ):
+        super().__init__(retriever, settings, gated=gated)
         self.pad = dictionary.pad()
         self.eos = dictionary.eos()  # fairseq's commands strip it from what they print
 

@@ -1,4 +1,4 @@
-"""What the flags open: settings and datastores; and which models fit the task."""
+"""What the flags open: settings, datastores and gates; and which models fit the task."""
 
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, NamedTuple, Optional
@@ -8,8 +8,11 @@ from fairseq.models import FairseqLanguageModel
 from fairseq.models.transformer import TransformerDecoderBase
 
 from ..datastore.schema import require
-from ..datastore.tuned import find_tuned, in_words, tuned_for
+from ..datastore.tuned import find_tuned, in_words, read_gate, tuned_for
 from ..errors import UserError
+from ..gating.gated_search import refuse_blind
+from ..gating.gates import Gate
+from ..gating.store import from_bytes
 from ..scoring.compatibility import NEEDED_FIELDS, refuse_unexpected_flags
 from ..scoring.in_effect import InEffect
 from ..scoring.settings import Settings, flag_of, with_temperature
@@ -28,12 +31,14 @@ class Opened(NamedTuple):
     alone (dict): the best setting of neighbours alone, where one with a cache was tuned and is in
         effect; None elsewhere.
     unused (str): what lies tuned in the datastore and is not in effect, in words; None: nothing.
+    gate (Gate): that was tuned, and weighs the neighbours of each token; None without one.
     """
 
     in_effect: InEffect
     retriever: Optional["Retriever"] = None
     alone: Optional[dict] = None
     unused: Optional[str] = None
+    gate: Optional[Gate] = None
 
     def without_cache(self, what: str) -> InEffect:
         """What is in effect where there can be no cache: of what was tuned, neighbours alone.
@@ -79,18 +84,39 @@ def open_datastores(flags) -> Opened:
     paths, given = datastore_paths(flags), given_settings(flags)
     if not paths:
         return Opened(InEffect.of(given, searched=False))
-    tuned = alone = None
+    tuned = alone = gate = None
     if flags.knn_tuned:
         stored = tuned_for(paths)
         tuned, alone = settings_of_tuned(stored, paths[0]), neighbors_alone(stored, paths[0])
         refuse_other_than_tuned(flags, tuned)
+        gate = _gate(paths[0], stored, given.get("skip", 0.0))
     in_effect = InEffect.of(given, tuned)
     retriever = _open_retriever(flags, paths, in_effect.settings)
     settings = with_temperature(in_effect.settings, retriever.datastores[0])
     in_effect = in_effect.with_auto(settings)
     if tuned is None:
         return Opened(in_effect, retriever, unused=_unused(paths, settings))
-    return Opened(in_effect, retriever, None if "cache_size" in given else alone)
+    return Opened(in_effect, retriever, None if "cache_size" in given else alone, gate=gate)
+
+
+def _gate(path: str, stored: dict, skip: float) -> Optional[Gate]:
+    """The gate among what was tuned; None where none is.
+
+    Raises:
+        UserError: if it cannot be read, or is none that tells which searches to leave out although
+            some are to be.
+    """
+    data = read_gate(path, stored)
+    if data is not None:
+        gate = from_bytes(data)
+        refuse_blind(gate, skip)
+        return gate
+    if skip:
+        raise UserError(
+            f"--knn-skip {skip}: what was tuned has no gate, which tells which searches to leave "
+            "out: run fairseq-knnlm-tune --knn-gate learned"
+        )
+    return None
 
 
 def _open_retriever(flags, paths: list[str], settings: Settings) -> "Retriever":

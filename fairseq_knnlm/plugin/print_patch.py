@@ -34,7 +34,7 @@ class Memories:
         self._waiting = 0  # hypotheses that are neither printed nor dropped
         self._announced = None  # memories of the hypothesis whose scores were read last
 
-    def take(self, hypothesis: dict, log_p_lm, neighbors, first: int) -> None:
+    def take(self, hypothesis: dict, log_p_lm, neighbors, first: int, before=None) -> None:
         """Keep what is to be printed of a hypothesis.
 
         Args:
@@ -43,8 +43,9 @@ class Memories:
             log_p_lm (Tensor): shape (n,), natural log.
             neighbors (Neighbors): shape (n, k), on any device.
             first (int): number of the prompt's tokens, whose memories are not printed.
+            before (Tensor): see ``Inspector.tokens``.
         """
-        tokens = self._inspector.tokens(0, hypothesis["tokens"], log_p_lm, neighbors)
+        tokens = self._inspector.tokens(0, hypothesis["tokens"], log_p_lm, neighbors, before=before)
         memories = _Announcement(line for token in tokens[first:] for line in self._of(token))
         memories.close = weakref.finalize(memories, self._close)
         self._waiting += 1

@@ -19,6 +19,7 @@ from ..encoding.chunks import SEARCH_TOKENS, blocks_before, share_of_text, token
 from ..encoding.encode import learned_positions
 from ..encoding.samples import ChunkCollater
 from ..errors import UserError
+from ..gating.gated_search import GatedSearch
 from ..options import DEFAULT_KEY
 from ..scoring.compatibility import (
     refuse_broken_weights,
@@ -44,6 +45,9 @@ from .unknown_words import warn_of_unknown_words
 
 logger = logging.getLogger(__name__)
 
+# The hidden states of a chunk are kept, and so a chunk does not grow without bound.
+_LEAST_SEARCHED = 0.25
+
 # The import of --user-dir is early enough: no checkpoint has been read before it.
 allow_plain_data()
 # The first process of a command over several GPUs makes no task, so this is done here.
@@ -68,6 +72,7 @@ class KNNLMTask(TrainingTask):
         retriever (Retriever): searches the datastores; None without any.
         model_fingerprint (str): of the weights of the model that was loaded; None where nothing
             asks for it.
+        gate (Gate): that was tuned, and weighs the neighbours of each token; None without one.
 
     Raises:
         UserError: if a datastore is not whole, or does not fit the flags or the dictionary.
@@ -81,6 +86,7 @@ class KNNLMTask(TrainingTask):
         self.model_fingerprint: Optional[str] = None
         self._learned_positions: Optional[int] = None
         self._is_logged = False
+        self.gate = self._opened.gate
         if self.retriever is not None:
             fingerprint = dictionary_fingerprint(self.target_dictionary)
             refuse_other_dictionary(self.retriever, fingerprint)
@@ -326,7 +332,12 @@ class KNNLMTask(TrainingTask):
         )
 
     def _tokens_of_chunk(self) -> int:
-        return SEARCH_TOKENS if self.retriever is None else tokens_of_search(self.retriever.k)
+        if self.retriever is None:
+            return SEARCH_TOKENS
+        # Searches that are not made leave room for more tokens: fewer queries of a search would
+        # share the lists that are read for them.
+        searched = max(1.0 - self.settings.skip, _LEAST_SEARCHED)
+        return int(tokens_of_search(self.retriever.k) / searched)
 
     def make_scorer(
         self, softmax_batch: int = 0, recorder: Optional[TokenRecorder] = None
@@ -346,7 +357,14 @@ class KNNLMTask(TrainingTask):
             softmax_batch,
             self.target_dictionary.bos() if self.args.add_bos_token else None,
             recorder,
+            self._gated_search(self.settings),
         )
+
+    def _gated_search(self, settings: Settings) -> Optional[GatedSearch]:
+        """The search through the gate that was tuned; None without one."""
+        if self.gate is None:
+            return None
+        return GatedSearch(self.retriever, self.gate, settings.skip, bool(settings.cache_size))
 
     @property
     def key(self) -> dict:
@@ -412,14 +430,17 @@ class KNNLMTask(TrainingTask):
         in_effect = self.settings_without_cache("generation")
         settings = in_effect.settings
         wanted = getattr(args, "knn", True)
-        with_neighbors = wanted and self.retriever is not None and settings.knn_lambda > 0
+        weighs = settings.knn_lambda > 0 or self.gate is not None
+        with_neighbors = wanted and self.retriever is not None and weighs
         refuse_generation(self.args, args, with_neighbors)
         self.log_settings(in_effect)
         if not with_neighbors:
             return stock(models, args, seq_gen_cls, *rest)
-        mixture = self.retriever, settings
+        mixture = self.retriever, settings, self._gated_search(settings)
         if getattr(args, "score_reference", False):
             return ReferenceScorer(self.target_dictionary, *mixture)
-        memories = make_memories(self.args, args, *mixture, self.target_dictionary)
+        memories = make_memories(
+            self.args, args, self.retriever, settings, self.target_dictionary, self.gate
+        )
         generator = functools.partial(KNNGenerator, memories=memories)
         return stock(KNNModel(models, *mixture), args, generator, *rest)

@@ -81,6 +81,8 @@ class InEffect(NamedTuple):
             return self.settings.cache_size > 0
         if name == "nprobe" and self.settings.distances == "exhaustive":
             return False
+        if name == "skip":
+            return self.settings.skip > 0.0
         return self.searched
 
     def line(self, only: Optional[Iterable[str]] = None) -> str:

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 # Columns, in the order in which a scorer adds them.
-_COLUMNS = ("targets", "log_p_lm", "log_p_knn", "log_p_cache", "log_p")
+_COLUMNS = ("targets", "log_p_lm", "log_p_knn", "log_p_cache", "log_p", "knn_lambda")
 
 
 class TokenRecorder:
@@ -22,6 +22,7 @@ class TokenRecorder:
         log_p_knn: Optional[torch.Tensor],
         log_p_cache: Optional[torch.Tensor],
         log_p: torch.Tensor,
+        knn_lambda: Optional[torch.Tensor] = None,
     ) -> None:
         """Keep what is known of the next tokens.
 
@@ -30,8 +31,10 @@ class TokenRecorder:
             log_p_lm, log_p_knn, log_p_cache (Tensor): shape (N,), natural log, of the model, the
                 neighbours and the cache; None where there is no such thing.
             log_p (Tensor): shape (N,), natural log, of the mixture.
+            knn_lambda (Tensor): shape (N,), the weight of p_knn by a gate; None without one.
         """
-        for name, column in zip(_COLUMNS, (targets, log_p_lm, log_p_knn, log_p_cache, log_p)):
+        columns = (targets, log_p_lm, log_p_knn, log_p_cache, log_p, knn_lambda)
+        for name, column in zip(_COLUMNS, columns):
             if column is not None:
                 # A copy: fairseq-eval-lm changes scores in place.
                 kept = column.to("cpu", copy=True).numpy()
@@ -43,6 +46,7 @@ class TokenRecorder:
         Returns:
             dict: ``targets``, int64, and ``log_p_lm``, ``log_p_knn``, ``log_p_cache`` and
             ``log_p``, float32, natural log: -inf for what is impossible, nan where a memory had
-            nothing to say. What there was not is not among them; of no text, nothing is.
+            nothing to say; and ``knn_lambda``, float32. What there was not is not among them; of
+            no text, nothing is.
         """
         return {name: np.concatenate(parts) for name, parts in self._parts.items()}

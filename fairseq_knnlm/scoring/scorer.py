@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Optional
 
 import torch
 
-from ..encoding.encode import encode, refuse_not_finite
+from ..encoding.encode import Encoded, encode, refuse_not_finite
 from ..encoding.key_extractor import extractor_of
+from ..gating.gated_search import Gated, GatedSearch, looked
 from ..probability.knn import knn_log_probs
 from ..probability.mixture import mix
 from .cache_reader import CacheReader, make_cache_reader
@@ -30,6 +31,7 @@ def make_scorer(
     softmax_batch: int = 0,
     bos: Optional[int] = None,
     recorder: Optional[TokenRecorder] = None,
+    gated: Optional[GatedSearch] = None,
 ) -> "KNNScorer":
     """The scorer that settings ask for.
 
@@ -40,18 +42,17 @@ def make_scorer(
             retriever's.
         eos (int): id of the end of a line, for a cache that is emptied where documents begin.
         softmax_batch (int): most tokens of one softmax; 0: as many as memory allows.
-        bos (int): see ``KNNScorer``.
+        bos (int), recorder (TokenRecorder), gated (GatedSearch): see ``KNNScorer``.
 
     Raises:
         UserError: if a setting cannot be.
-        bos (int), recorder (TokenRecorder): see ``KNNScorer``.
     """
     cache = make_cache_reader(settings, eos)
     if key is None and retriever is not None:
         key = retriever.key
-    if settings.knn_lambda == 0.0:
+    if settings.knn_lambda == 0.0 and gated is None:
         retriever = None  # lambda = 0 needs no neighbours
-    return KNNScorer(retriever, settings, cache, key, softmax_batch, bos, recorder)
+    return KNNScorer(retriever, settings, cache, key, softmax_batch, bos, recorder, gated)
 
 
 class KNNScorer:
@@ -67,6 +68,8 @@ class KNNScorer:
         bos (int): id of a ``<s>`` that ``--add-bos-token`` put in front of each block and that
             fairseq expects among the scored tokens; None where there is none.
         recorder (TokenRecorder): keeps what is computed of every target; None: nobody does.
+        gated (GatedSearch): searches in place of the retriever and weighs each token; None: the
+            weights of *settings* are those of all tokens.
 
     Attributes:
         impossible (int): targets so far whose probability is 0.
@@ -85,6 +88,7 @@ class KNNScorer:
         softmax_batch: int = 0,
         bos: Optional[int] = None,
         recorder: Optional[TokenRecorder] = None,
+        gated: Optional[GatedSearch] = None,
     ):
         refuse_impossible("KNNScorer", settings)
         self._retriever = retriever
@@ -95,7 +99,7 @@ class KNNScorer:
         self._key = retriever.key if key is None and retriever is not None else key
         self._softmax_batch = softmax_batch
         self._bos = bos
-        self._recorder = recorder
+        self._recorder, self._gated = recorder, gated
         self.impossible = 0
 
     @torch.no_grad()
@@ -133,23 +137,24 @@ class KNNScorer:
         """log p of the targets by the mixture, shape (N,), float32."""
         encoded = self._encode(model, sample)
         log_p_knn = log_p_cache = None
-        if self._retriever is not None:
+        weights = self._settings.knn_lambda, self._settings.cache_lambda
+        if self._gated is not None:
+            log_p_knn, *weights = self._gated_log_p_knn(encoded, sample)
+        elif self._retriever is not None:
             log_p_knn = self._log_p_knn(encoded.keys, sample["target"])
         if self._cache is not None:
             log_p_cache = self._cache.log_probs(encoded.keys, sample)
-        log_p = mix(
-            encoded.log_p_lm,
-            log_p_knn,
-            log_p_cache,
-            knn_lambda=self._settings.knn_lambda,
-            cache_lambda=self._settings.cache_lambda,
-        )
+        log_p = mix(encoded.log_p_lm, log_p_knn, log_p_cache, *weights)
         if self._recorder is not None:
-            self._recorder.add(sample["target"], encoded.log_p_lm, log_p_knn, log_p_cache, log_p)
+            knn_lambda = None if self._gated is None else weights[0]
+            self._recorder.add(
+                sample["target"], encoded.log_p_lm, log_p_knn, log_p_cache, log_p, knn_lambda
+            )
         return log_p
 
     def _encode(self, model, sample: dict, log_probs: bool = True):
         options = {"log_probs": log_probs, "softmax_batch": self._softmax_batch}
+        options["confidence"] = self._gated is not None and self._gated.gate.looks_before
         if self._retriever is None and self._cache is None:
             encoded = encode(model, sample, **options)
         else:
@@ -157,6 +162,17 @@ class KNNScorer:
                 encoded = encode(model, sample, extractor, **options)
         refuse_not_finite(encoded)
         return encoded
+
+    def _gated_log_p_knn(self, encoded: Encoded, sample: dict) -> Gated:
+        """The same with a gate: beside log p_knn the weights of each token."""
+        targets = sample["target"]
+
+        def log_probs(rows, neighbors, temperature):
+            distances, values, _ = neighbors
+            return knn_log_probs(distances, values, targets[rows], temperature)
+
+        before = looked(self._gated.gate, encoded, sample)
+        return self._gated.search(encoded.keys, before, log_probs)
 
     def _log_p_knn(self, queries: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         """log p_knn of the targets, shape (N,), float32, on their device."""

@@ -37,6 +37,7 @@ class Settings(NamedTuple):
         ``trime_temperature`` also ``block``.
     trime_temperature (float): > 0: the cache is no distribution of its own, but joins the softmax
         of the language model, see ``trime_scorer``; None: it is one.
+    skip (float): share of the searches that a gate leaves out, in [0, 1].
     """
 
     k: int = DEFAULT_K
@@ -50,6 +51,7 @@ class Settings(NamedTuple):
     cache_metric: str = CACHE_METRICS[0]
     cache_reset: str = CACHE_RESETS[0]
     trime_temperature: Optional[float] = None
+    skip: float = 0.0
 
 
 _WEIGHT = Kind("in [0, 1]", lambda value: is_number(value) and 0 <= value <= 1)
@@ -68,6 +70,7 @@ RANGES = {
     "cache_metric": one_of(CACHE_METRICS),
     "cache_reset": one_of(CACHE_RESETS),
     "trime_temperature": POSITIVE,
+    "skip": _WEIGHT,
 }
 
 

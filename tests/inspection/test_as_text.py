@@ -40,3 +40,14 @@ def test_what_they_would_have_said_has_a_line_each_where_it_is_known():
     (token,) = passage.tokens
     unknown = passage._replace(tokens=[token._replace(lm_guesses=[], knn_guesses=[])])
     assert not any(" says " in line for line in as_text.render(unknown))
+
+
+def test_the_lambda_of_a_gate_stands_at_its_token():
+    passage = make_passage(["a", "b"])
+    tokens = [
+        token._replace(knn_lambda=weight) for token, weight in zip(passage.tokens, (0.125, 0.1875))
+    ]
+    passage = passage._replace(tokens=tokens)
+    for gated, expected in ((True, ["lambda 0.125", "lambda 0.188"]), (False, [])):
+        lines = [line.strip() for line in as_text.render(passage._replace(gated=gated))]
+        assert [line for line in lines if line.startswith("lambda 0.1")] == expected
