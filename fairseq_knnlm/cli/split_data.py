@@ -32,6 +32,7 @@ class SplitData:
         split (str): of the data.
         path (str): file of neighbours; read if it is there, else written. None: neither.
         keep_queries (bool): whether the hidden states are kept, for a continuous cache.
+        keep_for_gate (bool): whether what a learned gate is fitted to is kept.
 
     Attributes:
         split (str): of the data.
@@ -50,9 +51,10 @@ class SplitData:
         split: str,
         path: Optional[str] = None,
         keep_queries: bool = False,
+        keep_for_gate: bool = False,
     ):
         self.split = split
-        self._keep_queries = keep_queries
+        self._keep_queries, self._keep_for_gate = keep_queries or keep_for_gate, keep_for_gate
         self._cfg, self._path = cfg, path
         self._task, self._model, self._model_sha256 = loaded
         self._dataset = load_split(self._task, split)
@@ -115,6 +117,8 @@ class SplitData:
         if self._keep_queries:
             extractor = extractor_of(self._model, self._task.key)
             settings["queries"] = [extractor.key, extractor.layer]
+        if self._keep_for_gate:
+            settings["for_gate"] = True
         return settings
 
     def obtain(self, outputs: Outputs) -> TuningData:
@@ -148,4 +152,5 @@ class SplitData:
             lambda tokens: progress.log(
                 {"tokens": Count(tokens)}, tag=f"retrieve_{self.split}", step=next(steps)
             ),
+            self._keep_for_gate,
         )

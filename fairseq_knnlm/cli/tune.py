@@ -14,6 +14,7 @@ from ..reporting import report
 from ..reporting.sizes import tune_sizes
 from ..scoring.settings import AUTO
 from ..tuning.choice import METHODS, Chosen, command, measure, refuse_to_replace, store
+from ..tuning.choose_gate import with_gate
 from ..tuning.grid import KNNGridPoint, best, of_larger_units
 from ..tuning.knn_sweep import best_of_each_k, k_at_an_end, sweep, temperature_at_an_end
 from ..tuning.tuning_data import TuningData, beside
@@ -22,7 +23,7 @@ from .command_line import Outputs, context_settings, run_command, with_progress
 from .described import describe_run
 from .loading import Loaded, load_task_and_model
 from .split_data import SplitData
-from .tune_flags import cache_grid, knn_grid, make_parser, refuse_flags, refuse_same_text
+from .tune_flags import CONSTANT, cache_grid, knn_grid, make_parser, refuse_flags, refuse_same_text
 
 logger = logging.getLogger("fairseq_knnlm.tune")
 
@@ -56,9 +57,7 @@ def run(cfg, args, typed) -> None:
     starts = tuned_on.word_starts(data)
     per_unit = 1.0 if starts is None else len(data.log_p_lm) / len(starts)
     points = _tune(cfg, tuned_on.split, data, knn, per_unit) if task.retriever else []
-    chosen = Chosen(task.settings, best(points) if points else None)
-    if cache:
-        chosen = chosen.tune_cache(data, **cache, tokens_per_unit=per_unit)
+    chosen = _choose(args.knn_gate, task, data, points, cache, per_unit)
     sizes = tune_sizes(data, chosen.knn.temperature) if args.report else []
     summary = {
         "tuned_on": measure(tuned_on.split, data, chosen, starts, tuned_on.text_bytes(data)),
@@ -86,12 +85,26 @@ def run(cfg, args, typed) -> None:
         with outputs.writing(f"--report {args.report}"):
             page = report.write(
                 args.report, {**summary, **describe_run(cfg, model)}, points, chosen.cache_grid,
-                data, sizes, task.retriever, task.target_dictionary, starts,
+                data, sizes, task.retriever, task.target_dictionary, starts, chosen,
             )  # fmt: skip
             logger.info(f"report written to {page}")
     logger.info(f"evaluate with: {summary['command']}")
     logger.info(json.dumps(without_infinities(summary)))
     outputs.refuse_unwritten()
+
+
+def _choose(
+    gate: str, task, data: TuningData, points, cache: Optional[dict], tokens_per_unit: float
+) -> Chosen:
+    """The best point, and beside it the best cache and a gate where they are asked for."""
+    chosen = Chosen(task.settings, best(points) if points else None)
+    if cache:
+        chosen = chosen.tune_cache(data, **cache, tokens_per_unit=tokens_per_unit)
+    if gate != CONSTANT:
+        dictionary, datastores = task.target_dictionary, task.retriever.datastores
+        eos = dictionary.eos()
+        chosen = with_gate(chosen, gate, data, datastores, len(dictionary), eos)
+    return chosen
 
 
 def _prepare(cfg, args):
@@ -135,12 +148,12 @@ def _splits(cfg, args, loaded: Loaded) -> tuple[SplitData, Optional[SplitData]]:
     tuned_split, reported_split = cfg.dataset.gen_subset, args.report_subset
     if tuned_split == reported_split:
         refuse_same_text(args, tuned_split, reported_split)
-    path, with_cache = args.knn_neighbors, bool(cfg.task.knn_cache_size)
-    tuned_on = SplitData(cfg, loaded, tuned_split, path, with_cache)
+    path, kept = args.knn_neighbors, (bool(cfg.task.knn_cache_size), args.knn_gate == "learned")
+    tuned_on = SplitData(cfg, loaded, tuned_split, path, *kept)
     if reported_split in (None, tuned_split):
         return tuned_on, tuned_on if reported_split else None
     reported_path = None if path is None else beside(path, reported_split)
-    reported_on = SplitData(cfg, loaded, reported_split, reported_path, with_cache)
+    reported_on = SplitData(cfg, loaded, reported_split, reported_path, *kept)
     if reported_on.settings["data"]["sha256"] == tuned_on.settings["data"]["sha256"]:
         refuse_same_text(args, tuned_split, reported_split)
     return tuned_on, reported_on

@@ -10,6 +10,9 @@ from ..reporting.report import refuse_impossible
 from ..scoring.settings import Settings
 from .command_line import make_eval_parser
 
+# What --knn-gate can be.
+CONSTANT = "constant"
+GATES = (CONSTANT, "buckets", "nest", "learned")
 # How often the largest size of the cache is halved: every half is tried as well.
 _HALVINGS = 4
 
@@ -90,6 +93,14 @@ def _add_results(parser) -> None:
         help="replace the stored setting also if it was tuned on more text",
     )
     parser.add_argument(
+        "--knn-gate",
+        choices=GATES,
+        default=CONSTANT,
+        help="weights that depend on the token: 'buckets', by the quality of its neighbours; "
+        "'nest', by the rule of two numbers of Li et al. (2024); 'learned', by networks, which can "
+        "leave searches out, see --knn-skip (default: constant, the same for all)",
+    )
+    parser.add_argument(
         "--report",
         metavar="DIR",
         help="write a report there: report.html, one page that needs no network, its figures as "
@@ -120,6 +131,10 @@ def refuse_flags(cfg, args) -> None:
             "fairseq-knnlm-tune has no grid of --trime-temperature: drop it, and compare values by "
             "fairseq-eval-lm"
         )
+    if args.knn_gate != CONSTANT and not datastore_paths(cfg.task):
+        raise UserError(f"--knn-gate {args.knn_gate} weighs neighbours: --knn-datastore is missing")
+    if cfg.task.knn_skip:
+        raise UserError("fairseq-knnlm-tune makes every search: drop --knn-skip")
     if args.report is not None and not datastore_paths(cfg.task):
         raise UserError("--report is about neighbours: --knn-datastore is missing")
     if args.report is not None:

@@ -122,9 +122,6 @@ class Token(NamedTuple):
             **self._asdict(),
             **{name: [each._asdict() for each in getattr(self, name)] for name in lists},
         }
-        if self.knn_lambda is None:
-            del fields["knn_lambda"]
-        return fields
 
 
 class Passage(NamedTuple):

@@ -29,6 +29,7 @@ from ..scoring.compatibility import (
 from ..scoring.in_effect import InEffect
 from ..scoring.recorder import TokenRecorder
 from ..scoring.scorer import KNNScorer, make_scorer
+from ..scoring.settings import Settings
 from ..scoring.trime_scorer import TrimeScorer
 from .binarised import read_as, refuse_damaged_split
 from .commands import end_with_text, is_command

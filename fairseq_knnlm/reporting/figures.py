@@ -76,6 +76,10 @@ def draw(results: dict) -> dict:
     }
     if results["tables"]["cache_grid"]:
         drawings["cache"] = _draw_cache
+    if results["tables"].get("gate_quality"):
+        drawings["gate_trust"] = _draw_gate_trust
+    if results["tables"].get("gate_skip"):
+        drawings["gate_skip"] = _draw_gate_skip
     drawn = {}
     with matplotlib.rc_context(LOOK):
         for name, drawing in drawings.items():
@@ -248,3 +252,37 @@ def _ratio_ticks(axes, left: Sequence[float]) -> None:
         ratio for ratio in _RATIOS if left[0] <= math.log(ratio) <= left[-1] + BIN_NATS
     ]  # fmt: skip
     axes.set_xticks([math.log(ratio) for ratio in shown], [f"{ratio:,g}" for ratio in shown])
+
+
+def _draw_gate_trust(figure, results: dict) -> None:
+    """Mean lambda of a gate over equal groups of tokens, from the lowest to the highest."""
+    axes = figure.add_subplot()
+    looks = {
+        "gate_quality": {"label": "by d_1 / d_k", **broad(FIRST)},
+        "gate_entropy": {"label": "by the entropy of p_lm", **thin(SECOND)},
+    }
+    for name, look in looks.items():
+        rows = enumerate(results["tables"].get(name, []), start=1)
+        line(axes, [{**row, "group": group} for group, row in rows], "group", "knn_lambda", **look)
+    constant = results["best"]["knn_lambda"]
+    axes.axhline(constant, color=INK, linestyle=":", label=f"constant lambda: {constant:.3f}")
+    axes.set_xlabel("tenth of the tokens, from the lowest to the highest")
+    axes.set_ylabel("mean lambda of the gate")
+    legend(axes)
+
+
+def _draw_gate_skip(figure, results: dict) -> None:
+    """Perplexity against the share of searches that are not made, and against speed if known."""
+    rows = results["tables"]["gate_skip"]
+    measures = {"skipped": "share of searches left out"}
+    if all(row["tokens_per_s"] for row in rows):
+        measures["tokens_per_s"] = "tokens a second"
+    panels = figure.subplots(1, len(measures), squeeze=False, sharey=True)[0]
+    constant = results.get("reported_on", results["tuned_on"])["knn_perplexity"]
+    for axes, (measure, label) in zip(panels, measures.items()):
+        line(axes, rows, measure, color=FIRST, marker="o", markersize=4, label="the gate")
+        axes.axhline(constant, color=INK, linestyle=":", label="constant lambda, all searches")
+        axes.set_xlabel(label)
+    panels[0].xaxis.set_major_formatter("{x:.0%}")
+    panels[0].set_ylabel(f"perplexity on {results['split']}")
+    legend(panels[0])

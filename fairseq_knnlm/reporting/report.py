@@ -10,9 +10,11 @@ import numpy as np
 
 from ..errors import UserError
 from ..files import json_bytes, refuse_unwritable_directory, write_atomically
+from ..tuning.choice import Chosen
 from ..tuning.grid import CacheGridPoint, KNNGridPoint
 from ..tuning.tuning_data import TuningData
 from .figures import draw, refuse_missing_matplotlib
+from .gate_tables import make_gate_tables
 from .latex import latex
 from .report_page import render
 from .sizes import SizePoint
@@ -50,6 +52,7 @@ def write(
     retriever: "Retriever",
     dictionary,
     word_starts: Optional[np.ndarray] = None,
+    chosen: Optional[Chosen] = None,
 ) -> str:
     """Write a report.
 
@@ -65,6 +68,7 @@ def write(
         retriever (Retriever): what was searched.
         dictionary: fairseq's, of the targets.
         word_starts (ndarray): see ``make_tables``.
+        chosen (Chosen): for the tables of its gate; None: without them.
 
     Returns:
         str: path of the page.
@@ -84,6 +88,8 @@ def write(
         "datastores": [_description(datastore) for datastore in retriever.datastores],
         "tables": make_tables(knn_grid, cache_grid, data, sizes, counts, dictionary, word_starts),
     }
+    if chosen is not None and chosen.gate:
+        results["tables"].update(make_gate_tables(chosen, data, counts, word_starts))
     try:
         for name, content in _files(results).items():
             path = os.path.join(directory, name)

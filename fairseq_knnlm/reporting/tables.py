@@ -103,7 +103,7 @@ def make_tables(
         "unknown": list(targets.known_and_unknown()),
         "log_ratio": list(_histogram(targets.log_ratios)),
         "types": list(targets.extreme_types()),
-        "helped_or_hurt": [_helped_or_hurt(targets.log_ratios)],
+        "helped_or_hurt": [helped_or_hurt(targets.log_ratios)],
     }
 
 
@@ -227,7 +227,8 @@ class _Targets:
             }
 
 
-def _helped_or_hurt(log_ratios: np.ndarray) -> dict:
+def helped_or_hurt(log_ratios: np.ndarray) -> dict:
+    """Whom a mixture helps and whom it hurts, of log-ratios to p_lm of shape (N,)."""
     helped, hurt = log_ratios > 0, log_ratios < 0
     return {
         "tokens": len(log_ratios),

@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from typing import Callable, NamedTuple, Optional
 
 from ..html_page import NONE, factor, number, percent
-from ..tuning.choice import BESIDES, BESIDES_WORDS, METHODS, change_of
+from ..tuning.choice import BESIDES, METHODS, change_of
 
 _METHODS = {"base": "the model alone", **METHODS}
 
@@ -31,7 +31,8 @@ def text_tables(results: dict) -> dict[str, TextTable]:
         results (dict): what ``report.write`` stores as JSON.
 
     Returns:
-        dict: ``headline``, ``k``, ``size``, ``frequency``, ``gained`` and ``lost``.
+        dict: ``headline``, ``k``, ``size``, ``frequency``, ``gained`` and ``lost``; with a gate
+        ``gate_trust``, ``gate_whom`` and, where it can skip searches, ``gate_skip``.
     """
     types = results["tables"]["types"]
     return {
@@ -41,6 +42,7 @@ def text_tables(results: dict) -> dict[str, TextTable]:
         "frequency": _frequency(results),
         "gained": _types("Words that gain most", [row for row in types if row["nats"] > 0]),
         "lost": _types("Words that lose most", [row for row in types if row["nats"] < 0]),
+        **(_gate_tables(results) if "gate_skip" in results["tables"] else {}),
     }
 
 
@@ -75,9 +77,9 @@ def _headline(results: dict) -> TextTable:
         if f"{name}_perplexity" in last:
             perplexities = [number(split[f"{name}_perplexity"]) for split in splits]
             rows.append([words, *perplexities, *_change(last.get(change_of(name)))])
-    if BESIDES in last:
-        blank = [""] * len(splits)
-        rows.append([BESIDES_WORDS, *blank, *_change(last[BESIDES])])
+    for name, words in BESIDES.items():
+        if name in last:
+            rows.append([words, *[""] * len(splits), *_change(last[name])])
     return TextTable(f"Perplexity; change and interval are of {last['split']}", columns, rows, 1)
 
 
@@ -142,9 +144,13 @@ def _frequency_label(row: dict) -> str:
     """A bucket of frequencies, in words."""
     if "words" in row:
         return row["words"]
-    if row["lowest"] == row["highest"]:
-        return f"{row['lowest']:,}"
-    return f"{row['lowest']:,}\N{EN DASH}{row['highest']:,}"
+    return _range(row, "{:,}")
+
+
+def _range(row: dict, form: str) -> str:
+    """``lowest`` and ``highest`` of a group, or what they have in common."""
+    ends = [form.format(row[name]) for name in ("lowest", "highest")]
+    return "\N{EN DASH}".join(dict.fromkeys(ends))
 
 
 def _types(caption: str, rows: list[dict]) -> TextTable:
@@ -156,3 +162,63 @@ def _types(caption: str, rows: list[dict]) -> TextTable:
         "in the datastore": lambda row: f"{row['training_count']:,}",
     }
     return _of_rows(caption, rows, columns, 1)
+
+
+# -- of a gate -------------------------------------------------------------------------------------
+
+_GATE_GROUPS = {
+    "gate_frequency": ("in the datastore", "{:,}"),
+    "gate_quality": ("d_1 / d_k", "{:.2f}"),
+    "gate_entropy": ("entropy of p_lm", "{:.1f}"),
+}
+
+
+def _gate_tables(results: dict) -> dict[str, TextTable]:
+    tables = {"gate_trust": _gate_trust(results), "gate_whom": _gate_whom(results)}
+    if results["tables"]["gate_skip"]:
+        tables["gate_skip"] = _gate_skip(results)
+    return tables
+
+
+def _gate_trust(results: dict) -> TextTable:
+    """Groups of tokens, one kind below the other."""
+    columns = {
+        "tokens by": lambda row: row["measure"],
+        "from, to": lambda row: row["range"],
+        "tokens": lambda row: f"{row['tokens']:,}",
+        "lambda": lambda row: f"{row['knn_lambda']:.3f}",
+        "without": lambda row: number(row["base_perplexity"]),
+        "constant": lambda row: number(row["constant_perplexity"]),
+        "gate": lambda row: number(row["gate_perplexity"]),
+    }
+    rows = [
+        {**row, "measure": measure, "range": _range(row, form)}
+        for name, (measure, form) in _GATE_GROUPS.items()
+        for row in results["tables"].get(name, [])
+    ]
+    return _of_rows(f"Mean lambda and perplexity on {results['split']}", rows, columns, 2)
+
+
+def _gate_whom(results: dict) -> TextTable:
+    columns = {
+        "weights": lambda row: row["weights"],
+        "helped": lambda row: percent(row["helped"]),
+        "hurt": lambda row: percent(row["hurt"]),
+        "nats gained": lambda row: number(row["nats_gained"], 0),
+        "nats lost": lambda row: number(-row["nats_lost"], 0),
+    }
+    caption = f"Tokens of {results['split']} that neighbours help and hurt"
+    return _of_rows(caption, results["tables"]["gate_helped_or_hurt"], columns, 1)
+
+
+def _gate_skip(results: dict) -> TextTable:
+    columns = {
+        "--knn-skip": lambda row: f"{row['skip']:.2f}",
+        "left out": lambda row: percent(row["skipped"]),
+        "perplexity": lambda row: number(row["perplexity"]),
+        "tokens a second": lambda row: (
+            f"{row['tokens_per_s']:,.0f}" if row["tokens_per_s"] else NONE
+        ),
+    }
+    caption = f"Searches left out, perplexity on {results['split']}"
+    return _of_rows(caption, results["tables"]["gate_skip"], columns)

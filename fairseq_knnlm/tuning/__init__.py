@@ -2,8 +2,9 @@
 
 ``collect`` makes the pass and ``tuning_data`` keeps it; ``knn_sweep`` and ``cache_sweep`` try grids
 of neighbours and of a continuous cache, ``temperature`` finds the one that a datastore starts with;
-``choice`` says how good a choice is and stores it. Imports from ``probability``, ``datastore``,
-``search``, ``encoding``, ``scoring`` and the root.
+``choose_gate`` has ``fit_gate`` and ``train_gate`` fit gates to ``gate_data``; ``choice`` says how
+good a choice is and stores it. Imports from ``probability``, ``datastore``, ``search``,
+``encoding``, ``gating``, ``scoring`` and the root.
 """
 
 from .cache_sweep import CacheSweep, log_p_cache

@@ -15,6 +15,8 @@ import torch
 from ..datastore.tuned import WITHOUT_CACHE, find_tuned, in_words, save_tuned
 from ..errors import UserError
 from ..files import without_infinities
+from ..gating.gates import Gate, Weights
+from ..gating.store import to_bytes
 from ..probability import bootstrap
 from ..probability.bootstrap import paired_interval
 from ..probability.metrics import bits_per_byte, perplexity
@@ -24,6 +26,7 @@ from ..scoring.words import log_probs_of_words
 from ..units import in_time
 from ..version import __version__
 from .cache_sweep import CacheSweep, log_p_cache
+from .gate_data import GateData, look, mixture, skip_curve, weigh
 from .grid import CacheGridPoint, KNNGridPoint, best, of_larger_units
 from .knn_sweep import log_p_knn
 from .tuning_data import TuningData
@@ -35,9 +38,13 @@ METHODS = {
     "cache": "with a cache",
     "knn": "with neighbours",
     "knn_cache": "with neighbours and a cache",
+    "gate": "through the gate",
 }
-# The change in JSON that a cache makes besides neighbours, and the same in words.
-BESIDES, BESIDES_WORDS = "knn_cache_change_from_knn", "the cache, besides neighbours"
+# Changes in JSON that something makes besides another method, and the same in words.
+BESIDES = {
+    "knn_cache_change_from_knn": "the cache, besides neighbours",
+    "gate_change_from_constant": "the gate, besides constant weights",
+}
 
 
 def change_of(method: str) -> str:
@@ -53,6 +60,8 @@ class Chosen(NamedTuple):
     cache (CacheGridPoint): a cache; None without one.
     knn_cache (CacheGridPoint): a cache besides these neighbours; None unless both are there.
     cache_grid (list of CacheGridPoint): all that was tried for *knn_cache*.
+    gate (Gate): weighs neighbours, and the cache if there is one, for each token; None: the weights
+        are the same for all.
     """
 
     given: Settings
@@ -60,6 +69,7 @@ class Chosen(NamedTuple):
     cache: Optional[CacheGridPoint] = None
     knn_cache: Optional[CacheGridPoint] = None
     cache_grid: Sequence[CacheGridPoint] = ()
+    gate: Optional[Gate] = None
 
     def points(self) -> dict:
         """Those that there are, by their names in JSON."""
@@ -97,13 +107,44 @@ class Chosen(NamedTuple):
             log_probs["knn"] = mix(log_p_lm, scores, knn_lambda=self.knn.knn_lambda)
         if self.knn_cache:
             log_probs["knn_cache"] = self._with_cache(data, self.knn_cache, scores)
+        if self.gate:
+            gated = self._gated(data)
+            log_probs["gate"] = mixture(weigh(self.gate, gated), gated.log_probs)
         return log_probs
 
+    def weigh(self, data: TuningData) -> Weights:
+        """The weights that the gate gives to all tokens of a text."""
+        return weigh(self.gate, self._gated(data))
+
+    def skip_curve(self, data: TuningData, starts: Optional[np.ndarray] = None) -> list[dict]:
+        """Perplexity against the share of the searches that are not made.
+
+        Args:
+            data (TuningData): of a text.
+            starts (ndarray): as of ``measure``.
+
+        Returns:
+            list of dict: see ``gate_data.skip_curve``; empty where the gate cannot skip any.
+        """
+        if not self.gate.looks_before:
+            return []
+        return skip_curve(self.gate, self._gated(data), starts)
+
+    def _gated(self, data: TuningData) -> GateData:
+        return self.gate_data(data, self.gate.temperatures, look(self.gate, data))
+
+    def gate_data(self, data: TuningData, temperatures, before=None) -> GateData:
+        """What a gate is fitted to beside what was chosen, see ``GateData.of``."""
+        cached = self._log_p_cache(data, self.knn_cache) if self.knn_cache else None
+        return GateData.of(data, self.knn.k, temperatures, cached, before)
+
     def _with_cache(self, data: TuningData, point: CacheGridPoint, scores) -> torch.Tensor:
-        ((cached,),) = log_p_cache(
-            data, [point.cache_size], [point.cache_theta], *self._cache_settings()
-        )
+        cached = self._log_p_cache(data, point)
         return mix(data.log_p_lm, scores, cached, point.knn_lambda, point.cache_lambda)
+
+    def _log_p_cache(self, data: TuningData, point: CacheGridPoint) -> torch.Tensor:
+        settings = [point.cache_size], [point.cache_theta], *self._cache_settings()
+        return log_p_cache(data, *settings)[0, 0]
 
     def _cache_settings(self):
         refuse_impossible("Chosen", self.given)
@@ -194,9 +235,18 @@ def measure(
             f"{split}: {result[f'{name}_perplexity']:.2f} {METHODS[name]}: {change.value:+.2%}, "
             f"{bootstrap.in_words(change, counted=unit)}"
         )
+    if "gate" in log_probs:
+        constant = log_probs.get("knn_cache", log_probs["knn"])
+        change = paired_interval(constant, log_probs["gate"], documents)
+        result["gate_change_from_constant"] = change._asdict()
+        logger.info(
+            f"{split}: what the gate adds to constant weights: {change.value:+.2%}, "
+            f"{bootstrap.in_words(change, counted=unit)}"
+        )
+        result["skip_curve"] = chosen.skip_curve(data, starts)
     if "knn_cache" in log_probs:
         change = paired_interval(log_probs["knn"], log_probs["knn_cache"], documents)
-        result[BESIDES] = change._asdict()
+        result["knn_cache_change_from_knn"] = change._asdict()
         logger.info(
             f"{split}: what the cache adds to neighbours: {change.value:+.2%}, "
             f"{bootstrap.in_words(change, counted=unit)}"
@@ -239,7 +289,7 @@ def command(typed, split: str, chosen: Chosen) -> str:
         "--knn-output", "--knn-grid-k", "--knn-grid-temperature", "--knn-grid-lambda",
         "--knn-grid-cache-size", "--knn-grid-cache-theta", "--knn-k", "--knn-lambda",
         "--knn-temperature", "--knn-cache-size", "--knn-cache-lambda", "--knn-cache-theta",
-        "--knn-cache-metric", "--knn-cache-reset", "--report",
+        "--knn-cache-metric", "--knn-cache-reset", "--report", "--knn-gate",
     ):  # fmt: skip
         ours.add_argument(flag)
     for flag in ("--report-on-tuned", "--no-store", "--overwrite"):
@@ -248,6 +298,8 @@ def command(typed, split: str, chosen: Chosen) -> str:
     plugin = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
     words = ["fairseq-eval-lm", *others, "--user-dir", plugin, "--task", "knnlm_lm"]
     words += ["--gen-subset", split]
+    if chosen.gate:  # which no flag can say
+        return shlex.join([*words, "--knn-tuned"])
     for name, value in chosen.final().items():
         words += [flag_of(name), value]
     return shlex.join(map(str, words))
@@ -293,11 +345,14 @@ def store(datastores, settings: dict, chosen: Chosen, summary: dict) -> None:
         **{name: summary[name] for name in ("tuned_on", "reported_on") if name in summary},
         "versions": {"fairseq_knnlm": __version__},
     }
+    gate = None
+    if chosen.gate:
+        tuned["gate"], gate = chosen.gate.kind, to_bytes(chosen.gate)
     if chosen.cache:
         tuned[WITHOUT_CACHE] = chosen.without_cache()
     replaced = find_tuned(paths)
     try:
-        path = save_tuned(paths, without_infinities(tuned))
+        path = save_tuned(paths, without_infinities(tuned), gate)
     except OSError as error:
         logger.warning(f"the setting cannot be stored in the datastore, for --knn-tuned: {error}")
         return

@@ -9,7 +9,11 @@ A file of neighbours is an ``.npz`` that ``np.load`` opens:
 - ``targets``, int64, shape (N,): token ids;
 - ``document_starts``, int64, shape (M,): rows at which documents begin, the first of them 0;
 - ``parts``, uint8, shape (N, k): which of 16 random parts of the datastore each neighbour is in;
-- ``queries``, float32, shape (N, D): the hidden states, where a continuous cache was tuned;
+- ``queries``, float32, shape (N, D): the hidden states, where a continuous cache was tuned or a
+  gate fitted;
+- ``values``, int32, shape (N, k), ``confidence``, float32, shape (N, 2), ``contexts``, int32, shape
+  (N, 4), and ``seconds``, float64, shape (2,): values of the neighbours, maximum and entropy of
+  p_lm, the last tokens, and what model and search took, where a gate was fitted;
 - ``settings``, a string: JSON of what all this depends on (model, datastores, data, context, k);
 - ``checksum``, a string: CRC-32 of all others, their names, dtypes and shapes included.
 """
@@ -28,12 +32,18 @@ from ..arguments import check_arguments, refuse
 from ..errors import UserError
 from ..fields import Record, whole
 from ..files import atomic_file, checksum
+from ..gating.ngram_counts import ORDERS
 
 # Version 1 had no checksum.
 FORMAT_VERSION = 2
 # What a file depends on, of which only the number of neighbours is read here.
 _SETTINGS = Record({"k": whole(0)}, {})
 _ARRAYS = ("log_p_lm", "distances", "matches", "targets", "document_starts", "parts")
+# Arrays of shape (N, k), and what a gate is fitted to beside the hidden states.
+_OF_NEIGHBORS = ("distances", "matches", "parts", "values")
+_FOR_GATE = {
+    "values": np.int32, "confidence": np.float32, "contexts": np.int32, "seconds": np.float64,
+}  # fmt: skip
 # Random parts of a datastore, of which curves over its size are made. It is a power of two, and one
 # byte holds the number of a part.
 PARTS = 16
@@ -53,7 +63,11 @@ class TuningData(NamedTuple):
     document_starts (ndarray): shape (M,), int64, rows at which documents begin.
     parts (ByteTensor): shape (N, k), which of ``PARTS`` random parts of the datastore a neighbour
         is in, see ``parts_of``.
-    queries (Tensor): shape (N, D), float32, the hidden states, for a continuous cache.
+    queries (Tensor): shape (N, D), float32, the hidden states, for a continuous cache or a gate.
+    values (IntTensor): shape (N, k), values of the neighbours, for a gate.
+    confidence (Tensor): shape (N, 2), float32, see ``encoding.confidence``, for a gate.
+    contexts (IntTensor): shape (N, ``ORDERS``), see ``encoding.contexts``, for a gate.
+    seconds (ndarray): shape (2,), float64, what model and search took, for a gate.
     """
 
     log_p_lm: torch.Tensor
@@ -63,6 +77,10 @@ class TuningData(NamedTuple):
     document_starts: Optional[np.ndarray] = None
     parts: Optional[torch.Tensor] = None
     queries: Optional[torch.Tensor] = None
+    values: Optional[torch.Tensor] = None
+    confidence: Optional[torch.Tensor] = None
+    contexts: Optional[torch.Tensor] = None
+    seconds: Optional[np.ndarray] = None
 
 
 def parts_of(ids: torch.Tensor) -> torch.Tensor:
@@ -91,7 +109,8 @@ def save(path: str, data: TuningData, settings: dict) -> None:
     """
     arrays = {name: np.asarray(part) for name, part in data._asdict().items() if part is not None}
     check_arguments("save", settings=(settings, _SETTINGS))
-    lacking = [name for name in _ARRAYS if name not in arrays]
+    for_gate = ("queries", *_FOR_GATE) if any(name in arrays for name in _FOR_GATE) else ()
+    lacking = [name for name in (*_ARRAYS, *for_gate) if name not in arrays]
     if lacking:
         refuse("save", [f"data lacks {', '.join(lacking)}, which collect gives"])
     arrays["matches"] = np.packbits(arrays["matches"], axis=1)
@@ -148,7 +167,7 @@ def load(path: str, k: int, types: Optional[int] = None) -> TuningData:
         types (int): of the dictionary of the text, one more than the largest target; None: unknown.
 
     Returns:
-        TuningData: with queries where the file has them.
+        TuningData: with queries and what a gate is fitted to where the file has them.
 
     Raises:
         UserError: if it is no such file, damaged, or holds what cannot be or fewer neighbours.
@@ -160,16 +179,12 @@ def load(path: str, k: int, types: Optional[int] = None) -> TuningData:
         _check_layout(arrays, _settings_of(file)["k"])
         _check_ranges(arrays, types)
     check_arguments("load", k=(k, whole(0, arrays["distances"].shape[1])))
-    matches = np.unpackbits(arrays["matches"], axis=1, count=k).view(bool)
-    return TuningData(
-        torch.from_numpy(arrays["log_p_lm"]),
-        torch.from_numpy(arrays["distances"])[:, :k],
-        torch.from_numpy(matches),
-        torch.from_numpy(arrays["targets"]),
-        arrays["document_starts"],
-        torch.from_numpy(arrays["parts"])[:, :k],
-        torch.from_numpy(arrays["queries"]) if "queries" in arrays else None,
-    )
+    arrays["matches"] = np.unpackbits(arrays["matches"], axis=1, count=k).view(bool)
+    data = {name: array for name, array in arrays.items() if name in TuningData._fields}
+    data.update({name: data[name][:, :k] for name in _OF_NEIGHBORS if name in data})
+    for name in set(data) - {"document_starts", "seconds"}:
+        data[name] = torch.from_numpy(data[name])
+    return TuningData(**data)
 
 
 def _checksum(arrays: dict) -> str:
@@ -201,8 +216,7 @@ def _check_layout(arrays: dict, k: int) -> None:
         "document_starts": (np.int64, (len(arrays["document_starts"]),)),
         "parts": (np.uint8, (count, k)),
     }
-    if "queries" in arrays:
-        layout["queries"] = (np.float32, (count, arrays["queries"].shape[-1]))
+    layout.update(_extra_layout(arrays, count, k))
     for name, (dtype, shape) in layout.items():
         if arrays[name].dtype != dtype or arrays[name].shape != shape:
             raise ValueError(
@@ -226,6 +240,24 @@ def _check_ranges(arrays: dict, types: Optional[int]) -> None:
             raise ValueError(what)
 
 
+def _extra_layout(arrays: dict, count: int, k: int) -> dict:
+    """Dtype and shape of what only some tuning needs; what a gate needs is all there or not at all.
+
+    Args:
+        arrays (dict): by name, all of a file.
+        count (int): N, tokens.
+        k (int): neighbours of each query.
+    """
+    layout = {}
+    for_gate = any(name in arrays for name in _FOR_GATE)
+    if "queries" in arrays or for_gate:
+        layout["queries"] = (np.float32, (count, arrays["queries"].shape[-1]))
+    if for_gate:
+        shapes = ((count, k), (count, 2), (count, ORDERS), (2,))
+        layout.update(dict(zip(_FOR_GATE, zip(_FOR_GATE.values(), shapes))))
+    return layout
+
+
 def _range_faults(arrays: dict, types: Optional[int]) -> Iterator[tuple[bool, str]]:
     """Whether there is a number in an array that cannot be, and what it would be."""
     log_p_lm, targets, starts = (
@@ -243,6 +275,15 @@ def _range_faults(arrays: dict, types: Optional[int]) -> Iterator[tuple[bool, st
     yield len(targets) and not (in_order and starts[-1] < len(targets)), "documents begin nowhere"
     queries = arrays.get("queries")
     yield queries is not None and not np.isfinite(queries).all(), "a hidden state is not finite"
+    if "values" in arrays:
+        for name, least in (("values", 0), ("contexts", -1)):
+            ids = arrays[name]
+            yield (ids < least).any() or (ids > last).any(), f"{name} has no word of the dictionary"
+        highest, entropy = arrays["confidence"].T
+        possible = np.isfinite(highest) & np.isfinite(entropy)
+        possible &= (highest <= _ROUNDING) & (entropy >= -_ROUNDING)
+        yield not possible.all(), "a maximum or an entropy of p_lm cannot be"
+        yield not (arrays["seconds"] >= 0).all(), "a duration is below 0"
 
 
 def _text(value) -> str:

@@ -90,7 +90,7 @@ def test_every_step_reads_what_is_there_by_then(all_steps, scale):
         made |= set(map(Path, step.outputs))
 
 
-@pytest.mark.parametrize("name", ["4.1", "4.2", "4.3", "5", "6"])
+@pytest.mark.parametrize("name", ["4.1", "4.2", "4.3", "5", "6", "later"])
 def test_each_section_alone_has_all_it_reads(paper, name):
     made = set()
     for step in paper.run.listed(Path("work"), paper.run.SCALES["small"], [

@@ -7,10 +7,12 @@ from helpers.small import all_distances, make_datastore, make_model
 
 from fairseq_knnlm.encoding.blocks import BlockDataset, document_starts
 from fairseq_knnlm.encoding.chunks import plan_chunks
+from fairseq_knnlm.encoding.contexts import latest_tokens
 from fairseq_knnlm.encoding.encode import encode
 from fairseq_knnlm.encoding.key_extractor import extractor_of
 from fairseq_knnlm.encoding.samples import make_samples
 from fairseq_knnlm.errors import UserError
+from fairseq_knnlm.gating.ngram_counts import ORDERS
 from fairseq_knnlm.search.retriever import Retriever
 from fairseq_knnlm.tuning.collect import collect
 from fairseq_knnlm.tuning.tuning_data import parts_of
@@ -83,6 +85,26 @@ def test_equals_brute_force(model, stored):
     assert len(data.document_starts) > 3 and data.document_starts.dtype == np.int64
     assert progress[-1] == len(text) and progress == sorted(set(progress))
     assert len(progress) == len(plan_chunks(blocks.sizes, 40)) > 3
+
+
+def test_what_a_gate_is_fitted_to(model, stored):
+    keys, values, path = stored
+    blocks, text = make_blocks(seed=2)
+    retriever = Retriever.open([path], k=K)
+    data = collect(model, samples_of(blocks), len(text), EOS, retriever, keep_for_gate=True)
+    queries, _ = keys_of(model, blocks)
+    torch.testing.assert_close(data.queries, queries, rtol=1e-4, atol=1e-5)
+    nearest = np.argsort(all_distances(queries.numpy(), keys), axis=1, kind="stable")[:, :K]
+    assert np.array_equal(data.values, values[nearest])
+    encoded = [encode(model, each, confidence=True) for each in samples_of(blocks, 10**6)]
+    expected = torch.cat([each.confidence for each in encoded])
+    torch.testing.assert_close(data.confidence, expected, rtol=1e-4, atol=1e-5)
+    expected = torch.cat([latest_tokens(each, ORDERS) for each in samples_of(blocks, 10**6)])
+    assert torch.equal(data.contexts.long(), expected)
+    assert data.contexts[50].tolist() == text[[49, 48, 47, 46]].tolist()
+    assert (data.seconds > 0).all()
+    with pytest.raises(UserError, match="keep_for_gate needs a retriever"):
+        collect(model, samples_of(blocks), len(text), EOS, key=KEY, keep_for_gate=True)
 
 
 def test_documents_begin_with_blocks_that_keep_to_them(model):

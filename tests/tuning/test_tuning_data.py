@@ -24,6 +24,10 @@ def data():
         np.array([0, 4]),
         torch.from_numpy(rng.integers(16, size=(7, 11)).astype(np.uint8)),
         torch.from_numpy(rng.normal(size=(7, 5)).astype(np.float32)),
+        torch.from_numpy(rng.integers(7, size=(7, 11)).astype(np.int32)),
+        torch.from_numpy(rng.random((7, 2)).astype(np.float32) * np.float32([-1, 1])),
+        torch.from_numpy(rng.integers(-1, 7, size=(7, 4)).astype(np.int32)),
+        np.array([1.5, 2.5]),
     )
 
 
@@ -52,14 +56,17 @@ def test_fewer_neighbours_are_the_nearest(data, path):
         distances=data.distances[:, :3],
         matches=data.matches[:, :3],
         parts=data.parts[:, :3],
+        values=data.values[:, :3],
     )
     assert equal(result, expected)
 
 
 def test_hidden_states_are_there_for_a_cache_only(data, path):
-    tuning_data.save(path, data._replace(queries=None), SETTINGS)
+    data = data._replace(queries=None, values=None, confidence=None, contexts=None, seconds=None)
+    tuning_data.save(path, data, SETTINGS)
     result = tuning_data.load(path, 11)
-    assert result.queries is None and equal(result[:-1], data[:-1])
+    assert result.queries is result.values is result.confidence is result.contexts is None
+    assert equal(result[:6], data[:6])
 
 
 def test_parts_are_of_equal_size_and_of_the_id_alone():
@@ -134,6 +141,18 @@ def test_another_version_is_refused(data, path, monkeypatch):
         tuning_data.refuse_other(path, SETTINGS)
 
 
+@pytest.mark.parametrize("name", ["values", "confidence", "contexts", "seconds", "queries"])
+def test_what_a_gate_needs_is_all_there_or_refused(data, path, name):
+    with pytest.raises(UserError, match=f"save: data lacks {name}"):
+        tuning_data.save(path, data._replace(**{name: None}), SETTINGS)
+    with np.load(path) as file:
+        arrays = {part: file[part] for part in file.files if part not in ("checksum", name)}
+    with open(path, "wb") as file:
+        np.savez(file, checksum=np.array(tuning_data._checksum(arrays)), **arrays)
+    with pytest.raises(UserError, match=f"is not, or no longer, what .*'{name}'"):
+        tuning_data.load(path, 11)
+
+
 def first_set_to(value):
     def change(array):
         array = array.copy()
@@ -155,6 +174,12 @@ def first_set_to(value):
         ("document_starts", first_set_to(1), "documents begin nowhere"),
         ("parts", first_set_to(16), "not below 16"),
         ("queries", first_set_to(np.inf), "a hidden state is not finite"),
+        ("values", first_set_to(7), "values has no word"),
+        ("values", lambda array: array[:, :3].copy(), "values is int32 of shape (7, 3)"),
+        ("contexts", first_set_to(-2), "contexts has no word"),
+        ("confidence", first_set_to(0.1), "a maximum or an entropy of p_lm cannot be"),
+        ("confidence", first_set_to(np.nan), "a maximum or an entropy of p_lm cannot be"),
+        ("seconds", first_set_to(-1.0), "a duration is below 0"),
         ("distances", lambda array: array.astype(np.float64), "distances is float64"),
         ("targets", lambda array: array[:-1], "targets is int64 of shape"),
         ("settings", lambda array: np.array('{"format_version": 2, "k": "11"}'), "its k is '11'"),
