@@ -17,6 +17,7 @@ from typing import NamedTuple
 HERE = Path(__file__).resolve().parent
 
 sys.path.insert(0, str(HERE.parent))  # no package: --user-dir would shadow fairseq's own examples
+import later  # noqa: E402
 import report  # noqa: E402
 import section4_1  # noqa: E402
 import section4_2  # noqa: E402
@@ -33,6 +34,7 @@ SECTIONS = {
     "4.3": section4_3,
     "5": section5,
     "6": section6,
+    "later": later,
 }
 FOLDERS = ("text", "tuned", "scores", "reports", "ngrams")
 

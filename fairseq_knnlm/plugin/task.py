@@ -349,8 +349,7 @@ class KNNLMTask(TrainingTask):
             softmax_batch (int): ``--softmax-batch``.
             recorder (TokenRecorder): keeps what is computed of every target; None: nobody does.
         """
-        make = make_scorer if self.settings.trime_temperature is None else TrimeScorer
-        return make(
+        arguments = (
             self.retriever,
             self.settings,
             self.key,
@@ -358,8 +357,10 @@ class KNNLMTask(TrainingTask):
             softmax_batch,
             self.target_dictionary.bos() if self.args.add_bos_token else None,
             recorder,
-            self._gated_search(self.settings),
         )
+        if self.settings.trime_temperature is not None:  # which nothing that is tuned goes with
+            return TrimeScorer(*arguments)
+        return make_scorer(*arguments, self._gated_search(self.settings))
 
     def _gated_search(self, settings: Settings) -> Optional[GatedSearch]:
         """The search through the gate that was tuned; None without one."""
