@@ -123,7 +123,7 @@ class Recipe:
     def run(self):
         """All steps; returns valid and test perplexity of each row of the table."""
         self.data, self.checkpoint = make_model(
-            self.pipeline, self.args.prepare, self.args.max_update
+            self.pipeline, self.args.prepare, self.args.max_update, bpe=None
         )
         found = {
             "cross-entropy": self.perplexities("cross-entropy", self.checkpoint),

@@ -61,7 +61,10 @@ def test_training_that_is_continued_has_the_same_losses(memory, data, tmp_path):
         torch.load(tmp_path / name / "checkpoint_last.pt", weights_only=False)["model"]
         for name in ("whole", "parts")
     ]
-    for name, weight in models[0].items():
+    # fairseq's buffers of this name hold whatever was in memory
+    trained = {name for name in models[0] if not name.endswith("_float_tensor")}
+    for name in trained:
+        weight = models[0][name]
         torch.testing.assert_close(models[1][name], weight, rtol=1e-5, atol=1e-6)
 
 
