@@ -120,9 +120,10 @@ def _text_of_another_process(trace: str, path: Optional[str]) -> Optional[str]:
 
 
 def _checkpoint_text(paths: Optional[str], kind: str, reason: str) -> str:
+    hint = "\nwas it trained with the dict.txt of this DATA?" if "size mismatch" in reason else ""
     return (
         f"fairseq_knnlm: --path {paths} cannot be loaded as a checkpoint: {kind}: "
-        f"{reason or 'no reason given'}"
+        f"{reason or 'no reason given'}{hint}"
     )
 
 

@@ -149,7 +149,7 @@ class TrimeLoss(FairseqCriterion):
             features = model(**inputs, features_only=True)[0]
             states = extractor.keys.transpose(0, 1)  # (T, B, D) to (B, T, D)
         _refuse_recomputed(features, states)
-        log_p_lm, log_normalizer = target_log_probs(
+        log_p_lm, log_normalizer, _ = target_log_probs(
             model.decoder,
             features.reshape(-1, features.size(-1)),
             target.reshape(-1),

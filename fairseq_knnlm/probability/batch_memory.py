@@ -15,6 +15,8 @@ from typing import Optional
 import torch
 from torch.utils.checkpoint import checkpoint
 
+from ..arguments import refuse
+
 # Most products that are in memory at once, 16 MB of each intermediate result.
 MAX_PRODUCTS = 1 << 22
 
@@ -38,8 +40,21 @@ def memory_log_sums(
         tuple of Tensor: shape (B, T), float32, natural log of the sum of exp(f(c) . f(c_j) /
         sqrt(D)) over all memories that a token sees, and over those with its value; -inf where
         there is none.
+
+    Raises:
+        UserError: if shapes do not belong together.
     """
     shape = values.shape
+    if (
+        states.dim() != 3
+        or states.shape[:2] != shape
+        or not (own is None or own.shape == shape[:1])
+    ):
+        found = [tuple(part.shape) for part in (states, values, own) if part is not None]
+        refuse(
+            "memory_log_sums",
+            [f"states, values and own must have shape (B, T, D), (B, T) and (B,), got {found}"],
+        )
     length = shape[1]
     if own is not None:
         states, values = states.reshape(1, -1, states.size(-1)), values.reshape(1, -1)
@@ -77,7 +92,13 @@ def joint_log_probs(log_p_lm, log_normalizer, every, matching) -> torch.Tensor:
 
     Returns:
         Tensor: shape (N,), float32, natural log.
+
+    Raises:
+        UserError: if the shapes are not one.
     """
+    shapes = [tuple(part.shape) for part in (log_p_lm, log_normalizer, every, matching)]
+    if len(shapes[0]) != 1 or len(set(shapes)) > 1:
+        refuse("joint_log_probs", [f"all arguments must have one shape (N,), got {shapes}"])
     numerator = torch.logaddexp(log_p_lm + log_normalizer, matching)
     return numerator - torch.logaddexp(log_normalizer, every)
 

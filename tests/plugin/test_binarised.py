@@ -121,7 +121,7 @@ def test_damaged_data(data, checkpoints, datastores, tmp_path, command, name, ed
         (copy / name).write_bytes(edit((copy / name).read_bytes()))
     flags = ["--gen-subset", "valid", "--num-workers", 0]
     # Fewer types are refused by the datastore and the checkpoint, before the text is read.
-    expected = f"{message}|dictionary" if name == "dict.txt" else message
+    expected = f"{message}|dictionary|size mismatch" if name == "dict.txt" else message
     with pytest.raises((UserError, SystemExit, RuntimeError), match=expected) as error:
         if command == "eval-lm":
             evaluate(copy, checkpoint, *flags)
