@@ -62,7 +62,8 @@ def from_pretrained(
     >>> lm.sample("w1 w7", beam=5, max_len_b=8).split()[:2]
     ['w1', 'w7']
     """
-    knn = {name: settings.pop(name) for name in list(settings) if name.startswith("knn_")}
+    ours = ("knn_", "trime_")
+    knn = {name: settings.pop(name) for name in list(settings) if name.startswith(ours)}
     if isinstance(knn.get("knn_datastore"), os.PathLike):
         knn["knn_datastore"] = os.fspath(knn["knn_datastore"])
     _check_settings(knn)

@@ -150,6 +150,8 @@ def _check(cfg, args) -> Optional[tuple[int, int]]:
             "which text? Expected either --input FILE or --positions START:STOP (of "
             f"--gen-subset), got {'both' if args.passage else 'neither'}"
         )
+    if cfg.task.trime_temperature is not None:
+        raise UserError("--trime-temperature: fairseq-knnlm-inspect knows no such memory: drop it")
     if cfg.task.knn_skip:
         raise UserError(
             f"--knn-skip {cfg.task.knn_skip}: fairseq-knnlm-inspect shows the neighbours of every "

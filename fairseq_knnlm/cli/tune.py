@@ -88,7 +88,10 @@ def run(cfg, args, typed) -> None:
                 data, sizes, task.retriever, task.target_dictionary, starts, chosen,
             )  # fmt: skip
             logger.info(f"report written to {page}")
-    logger.info(f"evaluate with: {summary['command']}")
+    if chosen.gate is not None and args.no_store:
+        logger.info("no flag can say what the gate is: without --no-store --knn-tuned uses it")
+    else:
+        logger.info(f"evaluate with: {summary['command']}")
     logger.info(json.dumps(without_infinities(summary)))
     outputs.refuse_unwritten()
 

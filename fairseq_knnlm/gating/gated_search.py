@@ -1,9 +1,11 @@
 """A search whose results a gate weighs, and that is not made where the gate sees no use in it."""
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Callable, NamedTuple, Optional
 
 import torch
 
+from ..encoding.chunks import tokens_of_search
 from ..encoding.contexts import latest_tokens
 from ..encoding.encode import Encoded
 from ..errors import UserError
@@ -78,8 +80,7 @@ class GatedSearch:
         cache_lambda = knn_lambda.clone()
         if self._with_cache and len(rows) < len(queries):
             cache_lambda.fill_(self.gate.cache_share)
-        for batch, neighbors in self._retriever.batches(queries[rows]) if len(rows) else ():
-            some = rows[batch]
+        for some, neighbors in self._batches(queries, rows):
             found = Neighbors(*(part.to(queries.device) for part in neighbors))
             weights = self.gate.weigh(
                 None if before is None else before[some], found.distances, found.values
@@ -91,6 +92,16 @@ class GatedSearch:
             log_p_knn[some], knn_lambda[some] = log_p, weights.knn_lambda
             cache_lambda[some] = weights.cache
         return Gated(log_p_knn, knn_lambda, cache_lambda)
+
+    def _batches(self, queries, rows) -> Iterator[tuple[torch.Tensor, Neighbors]]:
+        """Some of the rows, and what is nearest to their queries.
+
+        A text may want more searches than the one that the gate was fitted on: no search is of more
+        queries than there is memory for.
+        """
+        for part in rows.split(tokens_of_search(self._retriever.k)) if len(rows) else ():
+            for batch, neighbors in self._retriever.batches(queries[part]):
+                yield part[batch], neighbors
 
 
 def looks_before(gate: Optional[Gate]) -> bool:

@@ -360,11 +360,14 @@ class Inspector:
             weights = weights.without_cache()
         temperatures = self._gate.temperatures
         every = [knn_log_probs(distances, values, targets, each) for each in temperatures]
-        parts = zip(weights.knn.t(), (knn_weights(distances, each) for each in temperatures))
-        shares = sum(weight.unsqueeze(1) * part for weight, part in parts)
-        knn_lambda = weights.knn_lambda
-        shares /= knn_lambda.clamp(min=torch.finfo(torch.float32).tiny).unsqueeze(1)
-        return joined(weights, every), shares, knn_lambda, weights.cache
+        knn_lambda = weights.knn_lambda.unsqueeze(1)
+        # Neighbours without any weight are shown as well: each temperature counts the same then.
+        of_temperatures = torch.where(
+            knn_lambda > 0, weights.knn / knn_lambda, 1 / len(temperatures)
+        )
+        parts = zip(of_temperatures.t(), (knn_weights(distances, each) for each in temperatures))
+        shares = sum(share.unsqueeze(1) * part for share, part in parts)
+        return joined(weights, every), shares, weights.knn_lambda, weights.cache
 
     def _memories(self, target: int, weights, distances, values, ids) -> tuple[int, list[Memory]]:
         """How many of a token's neighbours match, and those to describe."""

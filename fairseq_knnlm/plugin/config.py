@@ -227,6 +227,11 @@ def check_settings(flags) -> None:
     given = given_settings(flags)
     out_of_range = range_faults(given)
     faults = [*stock_faults(flags), *_datastore_faults(flags), *out_of_range]
+    if flags.knn_tuned and given.get("trime_temperature") is not None:
+        faults.append(
+            "--knn-tuned and --trime-temperature: nothing that was tuned is for one softmax over "
+            "words and memories: drop one"
+        )
     if given.get("nprobe") is not None and given.get("distances") == "exhaustive":
         faults.append("--knn-nprobe is for an index, --knn-distances exhaustive reads none")
     size, joined = given.get("cache_size"), "trime_temperature" in given

@@ -37,10 +37,13 @@ def refuse_generation(flags, args, with_neighbors: bool) -> None:
     if not with_neighbors:
         if flags.knn_show_neighbors:
             faults.append("--knn-show-neighbors needs --knn-datastore and --knn-lambda above 0")
-    elif getattr(args, "print_alignment", None):
-        faults.append("--print-alignment: a language model has no source to align with")
-    elif getattr(args, "constraints", None):
-        faults.append("--constraints: fairseq has them for translation only")
+    else:
+        if flags.knn_show_neighbors and flags.knn_skip:
+            faults.append("--knn-show-neighbors makes every search: drop it or --knn-skip")
+        if getattr(args, "print_alignment", None):
+            faults.append("--print-alignment: a language model has no source to align with")
+        if getattr(args, "constraints", None):
+            faults.append("--constraints: fairseq has them for translation only")
     if faults:
         raise UserError("; ".join(faults))
 

@@ -66,6 +66,8 @@ class Opened(NamedTuple):
             in_effect (InEffect): those of the command that runs.
         """
         yield in_effect.line()
+        if self.gate is not None:
+            yield f"a {self.gate.kind} gate weighs each token, in place of lambda (tuned)"
         if in_effect.settings.cache_size < self.in_effect.settings.cache_size:
             yield "tuned with a continuous cache, which is not used here: the best without it"
         if self.unused is not None:
@@ -146,7 +148,7 @@ def _unused(paths: list[str], settings: Settings) -> Optional[str]:
         stored = settings_of_tuned(tuned, paths[0])
     except UserError as error:  # it is not used: no reason to end here
         return str(error)
-    if InEffect.of({}, stored).settings == settings:
+    if "gate" not in tuned and InEffect.of({}, stored).settings == settings:
         return None
     return f"tuned settings lie in {paths[0]} ({in_words(tuned)}): --knn-tuned uses them"
 

@@ -166,6 +166,7 @@ def circumstances(task, in_effect: InEffect, context: dict, split: Optional[str]
     datastores = [] if task.retriever is None else task.retriever.datastores
     result = {
         "settings": in_effect.to_dict(),
+        "gate": None if task.gate is None else task.gate.kind,
         "model": {"path": _checkpoint(task.args), "sha256": task.model_fingerprint},
         "data": data,
         "context": context,

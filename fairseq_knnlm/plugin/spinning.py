@@ -34,11 +34,12 @@ def spin_little() -> None:
 def _loaded() -> list[ctypes.CDLL]:
     """GNU's OpenMP libraries in this process; none where there is no /proc to tell."""
     try:
-        with open("/proc/self/maps", encoding="utf-8") as maps:
+        with open("/proc/self/maps", encoding="utf-8", errors="surrogateescape") as maps:
             paths = {line.split(maxsplit=5)[-1].rstrip("\n") for line in maps if "libgomp" in line}
-        return [ctypes.CDLL(path) for path in sorted(paths)]
+        libraries = [ctypes.CDLL(path) for path in sorted(paths)]
     except OSError:
         return []
+    return [library for library in libraries if hasattr(library, "GOMP_parallel")]  # no plug-ins
 
 
 def _keep_idle(library: ctypes.CDLL, count: int) -> None:
@@ -50,8 +51,10 @@ def _keep_idle(library: ctypes.CDLL, count: int) -> None:
     started = threading.Event()
 
     def stay():
-        library.GOMP_parallel(nothing, None, count, 0)
-        started.set()
+        try:
+            library.GOMP_parallel(nothing, None, count, 0)
+        finally:
+            started.set()
         threading.Event().wait()
 
     threading.Thread(target=stay, name="idle OpenMP threads", daemon=True).start()

@@ -18,7 +18,8 @@ def make_cache_reader(settings: Settings, eos: Optional[int] = None) -> Optional
         eos (int): id of the end of a line, for a cache that is emptied where documents begin.
 
     Raises:
-        UserError: if it is to join the softmax of the language model, see ``trime_scorer``.
+        UserError: if it is to join the softmax of the language model, see ``trime_scorer``, or
+            to be emptied where only such a one can be.
     """
     if settings.trime_temperature is not None:
         raise UserError(
@@ -26,6 +27,8 @@ def make_cache_reader(settings: Settings, eos: Optional[int] = None) -> Optional
         )
     if not settings.cache_size:
         return None
+    if settings.cache_reset == "block":
+        raise UserError("--knn-cache-reset block is for --trime-temperature, which is missing")
     thetas = None if settings.cache_theta is None else [settings.cache_theta]
     cache = ContinuousCache([settings.cache_size], thetas, settings.cache_metric)
     return CacheReader(cache, eos if settings.cache_reset == "document" else None)

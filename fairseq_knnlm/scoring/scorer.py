@@ -146,7 +146,13 @@ class KNNScorer:
             log_p_cache = self._cache.log_probs(encoded.keys, sample)
         log_p = mix(encoded.log_p_lm, log_p_knn, log_p_cache, *weights)
         if self._recorder is not None:
-            knn_lambda = None if self._gated is None else weights[0]
+            knn_lambda = None
+            if self._gated is not None:
+                knn_lambda = weights[0]
+                if (
+                    log_p_knn is None
+                ):  # no token of this chunk was searched for, those of others may be
+                    log_p_knn = torch.full_like(encoded.log_p_lm, math.nan)
             self._recorder.add(
                 sample["target"], encoded.log_p_lm, log_p_knn, log_p_cache, log_p, knn_lambda
             )
@@ -164,7 +170,7 @@ class KNNScorer:
         return encoded
 
     def _gated_log_p_knn(self, encoded: Encoded, sample: dict) -> Gated:
-        """The same with a gate: beside log p_knn the weights of each token."""
+        """log p_knn of the targets where a gate wants a search, and the weights of each token."""
         targets = sample["target"]
 
         def log_probs(rows, neighbors, temperature):

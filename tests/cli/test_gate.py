@@ -213,7 +213,7 @@ def test_generation_skips_too(data, checkpoints, gated):
         assert not same or pair[0] == pair[1]
 
 
-@pytest.mark.parametrize("kind", ["nest", "learned"])
+@pytest.mark.parametrize("kind", ["buckets", "nest", "learned"])
 def test_inspection_shows_each_tokens_lambda(data, checkpoints, gated, tmp_path, kind):
     datastore, result = gated(kind)
     path = tmp_path / "passage.json"

@@ -16,7 +16,7 @@ from fairseq_knnlm.datastore import file_fingerprint, read_manifest
 from fairseq_knnlm.errors import UserError
 from fairseq_knnlm.plugin import results
 
-COMMON = {"program", "tokens", "model", "data", "context", "datastores", "versions"}
+COMMON = {"program", "tokens", "model", "data", "context", "datastores", "gate", "versions"}
 BYTES = ["bytes", "bits_per_byte", "base_bits_per_byte"]
 SCORED = {*COMMON, "settings", "perplexity", "base_perplexity"}
 
