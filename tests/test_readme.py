@@ -23,8 +23,8 @@ NOT_RUN = r"make (demo|test|paper|test-legacy)\b|pip install "
 
 def commands(page):
     """Command lines of the fenced blocks of a page, with their line ends."""
-    blocks = re.findall(r"^```\n(.*?)^```$", (REPOSITORY / page).read_text(), re.M | re.S)
-    for block in blocks:
+    blocks = re.findall(r"^```(\w*)\n(.*?)^```$", (REPOSITORY / page).read_text(), re.M | re.S)
+    for block in (text for language, text in blocks if not language):
         for command in re.findall(r"(?:.*\\\n)*.*\n", block):
             if re.match(r"[a-z][\w-]*[a-z] ", command) and not block.startswith("perplexity ("):
                 yield command
