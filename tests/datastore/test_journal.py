@@ -5,6 +5,8 @@ import os
 import shutil
 import signal
 import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -32,6 +34,7 @@ from fairseq_knnlm.datastore.manifest import (
     SETTINGS,
     TUNED,
     VALUES,
+    read_manifest,
 )
 from fairseq_knnlm.errors import UserError
 
@@ -60,6 +63,7 @@ def test_a_torn_journal_line_does_not_count(finished, tmp_path, left):
         b"\x00" * 30,
         b"7 deadbeef\n",
         b"99 00000000 00000000\n",
+        b"6 00000000 00000000\n",  # of the chunk behind the last
         b"9" * 5000 + b" 00000000 00000000\n",  # more digits than Python reads
         b"\xff\n",
     ],
@@ -265,6 +269,40 @@ def test_builders_that_begin_together_wait_for_each_other(tmp_path):
     child.join()
 
 
+def test_builders_that_finish_together_wait_for_each_other(tmp_path):
+    """The second then sees what the first has finished."""
+    with open_writer(tmp_path / "d") as writer:
+        write_chunks(writer, *make_rows(), SIZES)
+        here, there = fork.Pipe()
+        lock_path = str(tmp_path / "d" / LOCK)
+        child = fork.Process(target=hold_lock, args=(lock_path, there), daemon=True)
+        child.start()
+        assert here.recv() == "held"
+        threading.Timer(0.2, here.send, ["end"]).start()
+        with writer.finishing() as missing:
+            assert missing == "" and here.poll(), "it did not wait"
+        child.join()
+
+
+def test_a_shard_that_waits_finds_what_was_finished_meanwhile(finished, tmp_path):
+    def again():
+        with open_writer(tmp_path / "d", options={"num_shards": 2, "shard_id": 1}):
+            pass
+
+    again()
+    with open_writer(tmp_path / "d", options={"num_shards": 2, "shard_id": 0}) as writer:
+        write_chunks(writer, *make_rows(), SIZES)
+        with ThreadPoolExecutor(1) as pool:
+            with writer.finishing():
+                second = pool.submit(again)
+                time.sleep(0.2)
+                shutil.copy(os.path.join(finished, INDEX), writer.index_path)
+                writer.finish(read_manifest(finished)["index"])
+            with pytest.raises(UserError, match="finished datastore"):
+                second.result()
+    assert contents(tmp_path / "d") == contents(finished)
+
+
 def test_two_builders_do_not_wait_for_each_other_to_build_the_index(tmp_path):
     with open_writer(tmp_path / "d") as writer:
         write_chunks(writer, *make_rows(), SIZES)
@@ -370,6 +408,15 @@ def test_a_finished_datastore_is_refused_and_stays_untouched(finished):
         refuse_finished(finished)
     assert contents(finished) == before
     assert {name: os.stat(os.path.join(finished, name)).st_mtime_ns for name in before} == times
+
+
+def test_a_finished_datastore_that_is_read_is_called_finished(finished):
+    """Not busy: nobody need wait for the reader."""
+    reader = Datastore.open(finished)
+    with pytest.raises(UserError, match="finished datastore; pass --overwrite"):
+        with open_writer(finished):
+            pass
+    reader.check_rows(range(COUNT))
 
 
 def leave_traces(path):

@@ -8,10 +8,11 @@ import shutil
 
 import numpy as np
 import pytest
-from helpers.small import contents, finish, make_datastore, random_keys, write_chunks
+from helpers.small import contents, finish, flip_byte, make_datastore, random_keys, write_chunks
 from helpers.writing import (
     COUNT,
     DIMENSION,
+    JOURNAL,
     SIZES,
     fork,
     make_rows,
@@ -20,7 +21,7 @@ from helpers.writing import (
 )
 
 from fairseq_knnlm.datastore import Datastore, DatastoreWriter, value_dtype
-from fairseq_knnlm.datastore.manifest import KEYS
+from fairseq_knnlm.datastore.manifest import KEYS, MANIFEST, SETTINGS
 from fairseq_knnlm.errors import UserError
 
 OTHER_JOURNAL = "building-2-of-2.journal.tmp"
@@ -44,6 +45,12 @@ def test_values_take_the_smallest_type_that_holds_the_vocabulary(vocabulary_size
     read = Datastore.open(path).values
     assert read.dtype == np.dtype(dtype)
     assert read.tolist() == [0, vocabulary_size // 2, vocabulary_size - 1]
+
+
+def test_the_least_vocabulary_that_can_be():
+    assert value_dtype(0) == np.uint8
+    with pytest.raises(UserError, match="^value_dtype: vocabulary_size must be a whole number >= 0"):
+        value_dtype(-1)
 
 
 def test_rows_land_where_they_belong_in_any_order(finished, tmp_path):
@@ -134,6 +141,21 @@ def test_a_directory_without_permission_is_refused(tmp_path):
     with pytest.raises(UserError, match="cannot write --knn-datastore .*Permission denied"):
         with open_writer(tmp_path):
             pass
+
+
+@pytest.mark.parametrize(
+    "in_the_way, fault", [(JOURNAL, "cannot write .*directory"), (SETTINGS, "is damaged")]
+)
+def test_a_writer_that_could_not_begin_holds_no_lock(tmp_path, in_the_way, fault):
+    (tmp_path / "d").mkdir()
+    in_the_way = tmp_path / "d" / in_the_way
+    in_the_way.mkdir() if "cannot write" in fault else in_the_way.write_bytes(b"{")
+    writer = open_writer(tmp_path / "d")
+    with pytest.raises(UserError, match=fault):
+        writer.__enter__()
+    in_the_way.rmdir() if in_the_way.is_dir() else in_the_way.unlink()
+    with open_writer(tmp_path / "d"):
+        pass
 
 
 def test_a_disk_too_small_is_refused_before_anything_is_written(tmp_path, monkeypatch):
@@ -321,3 +343,39 @@ def test_what_is_not_written_cannot_be_finished(tmp_path):
             writer.finish({})
     with pytest.raises(UserError, match="unfinished"):
         Datastore.open(str(tmp_path / "d"))
+
+
+def test_what_a_manifest_may_not_say_is_not_written(finished, tmp_path):
+    with open_writer(tmp_path / "d") as writer:
+        write_chunks(writer, *make_rows(), SIZES)
+        with open(writer.index_path, "wb") as index:
+            index.write(b"an index")
+        with pytest.raises(UserError, match=f"{MANIFEST}.*index"):
+            writer.finish({"factory": 3})
+        assert MANIFEST not in os.listdir(tmp_path / "d")
+        finish(writer)
+    assert contents(tmp_path / "d") == contents(finished)
+
+
+def test_keys_that_are_read_again_are_compared_with_what_was_written(tmp_path):
+    with open_writer(tmp_path / "d") as writer:
+        write_chunks(writer, *make_rows(), SIZES[:3])
+        with pytest.raises(UserError, match="3 chunks are missing"):
+            writer.key_checks()
+        keys, values = make_rows()
+        write_chunks(writer, keys, values, SIZES)
+        assert np.array_equal(writer.keys(), keys) and np.array_equal(writer.values(), values)
+        writer.key_checks()(range(COUNT))
+        flip_byte(tmp_path / "d" / KEYS, 128 + 2 * DIMENSION * SIZES[0])
+        checks = writer.key_checks()
+        checks(range(SIZES[0]))
+        with pytest.raises(UserError, match=f"{KEYS} is damaged between bytes"):
+            checks(np.array([SIZES[0]]))
+
+
+def test_a_dtype_is_the_same_by_every_name(tmp_path):
+    with open_writer(tmp_path / "d", dtype=np.uint8) as writer:
+        write_chunks(writer, *make_rows(), SIZES, only=[0])
+    for dtype in ("uint8", np.dtype("uint8"), "u1"):
+        with open_writer(tmp_path / "d", dtype=dtype) as writer:
+            assert writer.done == [0]
