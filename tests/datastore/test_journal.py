@@ -149,9 +149,11 @@ def test_killed_at_every_step_and_resumed_it_is_byte_identical(finished, tmp_pat
     assert kills > 30
 
 
-def test_another_index_keeps_the_keys(tmp_path):
+@pytest.mark.parametrize("has_parts", [True, False])
+def test_another_index_keeps_the_keys(tmp_path, has_parts):
     begin(tmp_path / "d", [0, 1, 2])
-    (tmp_path / "d" / "index.building").mkdir()
+    if has_parts:
+        (tmp_path / "d" / "index.building").mkdir()
     with open_writer(tmp_path / "d", index={"factory": "IVF4,PQ4"}) as writer:
         assert writer.done == [0, 1, 2]
         assert not os.path.exists(writer.work_path)
