@@ -163,7 +163,7 @@ def test_another_index_keeps_the_keys(tmp_path, has_parts):
 
 
 def test_the_same_index_keeps_its_parts_and_another_drops_them(tmp_path):
-    for factory, kept in (("Flat", False), ("Flat", True), ("IVF4,PQ4", False)):
+    for factory, kept in (("Flat", False), ("Flat", True), ("PQ4", False), ("PQ4", True)):
         with open_writer(tmp_path / "d", index={"factory": factory}) as writer:
             assert os.path.exists(writer.work_path) == kept
             os.makedirs(writer.work_path, exist_ok=True)
@@ -535,10 +535,11 @@ def test_a_journal_of_somebody_else_is_not_counted(finished, tmp_path):
     "name, content, part",
     [
         ("building-1-of-2.journal", b"99 00000000 00000000\n", "a line of chunk 99"),
+        ("building-1-of-2.journal", b"6 00000000 00000000\n", "a line of chunk 6"),
         ("building-3-of-2.journal", b"", "no journal of this build, which has 2 shards"),
         ("building-1-of-1.journal", b"", "no journal of this build, which has 2 shards"),
     ],
-    ids=["a chunk too many", "a shard too many", "another build"],
+    ids=["far too many chunks", "a chunk too many", "a shard too many", "another build"],
 )
 def test_a_journal_that_is_of_no_part_of_the_build_is_refused(tmp_path, name, content, part):
     with open_writer(tmp_path / "d", options={"num_shards": 2, "shard_id": 1}) as writer:

@@ -89,11 +89,7 @@ def random_distributions(rng, number, count=400):
     return probabilities
 
 
-@pytest.mark.parametrize("number", [2, 3, 5])
-@pytest.mark.parametrize("seed", range(12))
-def test_no_direction_leads_upwards_from_the_best_weights(seed, number):
-    """At the maximum the mean of p_j / mixture is 1 where a weight is positive, else at most 1."""
-    probabilities = random_distributions(np.random.default_rng([seed, number]), number)
+def assert_best(probabilities):
     with np.errstate(divide="ignore"):
         weights = best_weights([torch.from_numpy(np.log(each)) for each in probabilities])
     assert (
@@ -102,6 +98,24 @@ def test_no_direction_leads_upwards_from_the_best_weights(seed, number):
     means = (probabilities / (weights @ probabilities)).mean(axis=1)
     assert (means <= 1 + 1e-6).all()
     assert means[weights > 0] == pytest.approx(1, abs=1e-6)
+
+
+@pytest.mark.parametrize("number", [2, 3, 5])
+@pytest.mark.parametrize("seed", range(12))
+def test_no_direction_leads_upwards_from_the_best_weights(seed, number):
+    """At the maximum the mean of p_j / mixture is 1 where a weight is positive, else at most 1."""
+    assert_best(random_distributions(np.random.default_rng([seed, number]), number))
+
+
+@pytest.mark.parametrize("seed", [8, 25, 29, 68, 143, 149])
+def test_nor_where_most_weights_are_0(seed):
+    """Few tokens and many models, some of which are worth something only beside others."""
+    rng = np.random.default_rng(seed)
+    number, count = int(rng.integers(2, 7)), int(rng.choice([3, 5, 16, 17, 31, 40, 100, 400]))
+    sharpness = 10.0 ** rng.uniform(-2, 1 + seed % 2, size=(number, 1))
+    probabilities = np.maximum(rng.random((number, count)) ** sharpness, 1e-120)
+    probabilities[1:][rng.random((number - 1, count)) < 0.9 * rng.random()] = 0.0
+    assert_best(probabilities)
 
 
 @pytest.mark.parametrize("number", [2, 3])
