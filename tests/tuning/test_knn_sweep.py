@@ -101,6 +101,12 @@ def test_lambda_is_0_where_neighbours_only_hurt(scores):
     assert best_lambda(torch.tensor([-1.0, -2.0]), torch.tensor(scores)) == 0.0
 
 
+@pytest.mark.parametrize("scores", [[-1.0, -1.0], [math.nan, -1.0], [-1.0, math.nan]])
+def test_lambda_stays_below_1_where_neighbours_only_help(scores):
+    result = best_lambda(torch.tensor([-3.0, -2.0]), torch.tensor(scores))
+    assert 1 - 1e-6 < result < 1
+
+
 def test_a_lambda_is_a_number():
     data = make_data(seed=1)
     assert type(best_lambda(data.log_p_lm, log_p_knn(data, [12], 1.0)[0])) is float
@@ -259,13 +265,28 @@ def test_temperatures_do_not_go_on_where_hardly_anything_is_gained():
 
 def test_the_temperatures_are_about_the_spread_of_the_distances():
     """The median of the farthest beyond the nearest, where there is any; a power of two near it."""
-    spreads = torch.tensor([2.0, 3.0, 60.0, 65.0, 70.0] + 10 * [0.0])
+    spreads = torch.tensor([0.1, 0.2, 60.0, 650.0, 700.0] + 10 * [0.0])
     distances = 100 + spreads[:, None] * torch.tensor([0.0, 0.9, 1.0])
     distances = torch.cat([distances, torch.full((3, 3), INF)])
     matches = torch.arange(distances.numel()).view(-1, 3) % 4 == 0
     points = sweep(TuningData(torch.full((18,), -3.0), distances, matches), [3])
     tried = list(dict.fromkeys(point.temperature for point in points))
     assert tried[:17] == [64 * 2.0**exponent for exponent in range(-10, 7)]
+
+
+def test_some_of_many_rows_tell_the_spread(monkeypatch):
+    data = make_data(seed=3)
+    on_all = sweep(data, [12])
+    monkeypatch.setattr(knn_sweep, "_SPREAD_ROWS", 50)
+    assert sweep(data, [12]) == on_all
+
+
+@pytest.mark.parametrize("temperature", [1e-30, 1e30])
+def test_the_temperatures_at_the_ends_of_what_can_be(temperature):
+    points = sweep(make_data(seed=3), [12], [temperature])
+    assert math.isfinite(points[0].perplexity)
+    with pytest.raises(UserError, match="temperatures in"):
+        sweep(make_data(seed=3), [12], [temperature**1.01])
 
 
 def test_missing_neighbours_do_not_change_the_temperatures():
@@ -312,6 +333,7 @@ def point(k, perplexity):
         ([point(1, 9.0), point(8, 7.0), point(64, 7.5)], None),
         ([point(1, 7.0), point(8, 8.0)], None),  # there is no smaller one
         ([point(4, 7.0), point(8, 8.0)], "smallest"),
+        ([point(2, 7.0), point(8, 8.0)], "smallest"),
         ([point(8, 7.0)], None),
     ],
 )
@@ -333,6 +355,8 @@ def test_best_of_each_k():
     ]
     assert best_of_each_k(points) == [points[1], points[2]]
     assert best(points) == points[2]
+    with pytest.raises(UserError, match="^best_of_each_k: there is no point"):
+        best_of_each_k([])
 
 
 def test_the_smallest_of_equal_ks_is_the_best():
@@ -344,3 +368,5 @@ def test_shapes_that_do_not_fit_are_named():
     data = make_data(seed=0)
     with pytest.raises(UserError, match=r"got \(400, 12\), \(400, 11\), \(400,\)"):
         sweep(data._replace(matches=data.matches[:, 1:]), [1])
+    with pytest.raises(UserError, match=r"got \(400, 12\), \(400, 12\), \(399,\)"):
+        sweep(data._replace(log_p_lm=data.log_p_lm[1:]), [1])
