@@ -9,7 +9,8 @@ from helpers.small import add_positions, flip_byte, make_datastore
 from helpers.writing import COUNT, DIMENSION, SIZES, make_rows
 
 from fairseq_knnlm.datastore import Datastore, row_checks
-from fairseq_knnlm.datastore.manifest import INDEX, KEYS, MANIFEST, POSITIONS, VALUES
+from fairseq_knnlm.datastore.manifest import INDEX, KEYS, MANIFEST, POSITIONS, VALUES, read_manifest
+from fairseq_knnlm.datastore.row_checks import RowChecks
 from fairseq_knnlm.errors import UserError
 
 HEADER, ROW = 128, 2 * DIMENSION
@@ -167,3 +168,28 @@ def test_a_chunk_without_rows_is_never_read(tmp_path, counted):
     assert len(counted) == 2
     datastore.check_rows(range(COUNT))
     assert len(counted) == 2
+
+
+def checks_of_keys(path):
+    """As `datastore.datastore` makes them, of the checksums in the manifest."""
+    checksums = read_manifest(str(path))["chunks"][KEYS]
+    shape, dtype = (COUNT, DIMENSION), np.dtype(np.float16)
+    return RowChecks(str(path / KEYS), shape, dtype, np.cumsum(SIZES), checksums)
+
+
+def test_all_rows_are_those_of_every_chunk(copy):
+    checks_of_keys(copy).all_rows()
+    first, size = chunk_range(5)
+    flip_byte(copy / KEYS, first + size - 1)
+    with pytest.raises(UserError, match=f"damaged between bytes {first} and {first + size - 1}:"):
+        checks_of_keys(copy).all_rows()
+
+
+def test_every_damaged_chunk_is_told(copy):
+    assert list(checks_of_keys(copy).faults()) == []
+    damaged = [chunk_range(number) for number in (1, 4)]
+    for first, _ in damaged:
+        flip_byte(copy / KEYS, first)
+    assert list(checks_of_keys(copy).faults()) == [
+        f"damaged between bytes {first} and {first + size - 1}" for first, size in damaged
+    ]

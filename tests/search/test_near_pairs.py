@@ -100,6 +100,21 @@ def test_what_is_well_beyond_the_limit_is_not_near(rng, dtype, room, metric):
         assert beyond.any() and not near[beyond].any()
 
 
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("dtype", TYPES)
+def test_nothing_is_left_of_the_block_before(rng, dtype, metric):
+    """A longer block was in the same memory; what pads the shorter one is near to nothing."""
+    queries, keys = some_vectors(rng, 20), some_vectors(rng, 17)
+    compared = product_type.products_of(dtype, metric, DIMENSION)
+    sides, scratch = compared.query_sides(queries), compared.scratch(padded(80))
+    compared.write_queries(sides, slice(None), np.full(20, 1e7, np.float32))
+    for block in (some_vectors(rng, 80), keys):
+        right = compared.write_keys(scratch, block)
+        found = compared.multiply(scratch, sides, np.arange(len(queries)), right)
+    assert found.shape[1] > len(keys)
+    assert are_near(found[:, : len(keys)]).all() and not are_near(found[:, len(keys) :]).any()
+
+
 @pytest.mark.parametrize("dtype", TYPES)
 def test_without_a_limit_all_are_near(rng, dtype):
     queries, keys = some_vectors(rng, 9), some_vectors(rng, 11)

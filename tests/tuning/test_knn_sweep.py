@@ -330,6 +330,7 @@ def point(k, perplexity):
     "points, expected",
     [
         ([point(1, 9.0), point(8, 8.0), point(64, 7.0)], "largest"),
+        ([point(1, 9.0), point(8, 7.0)], "largest"),
         ([point(1, 9.0), point(8, 7.0), point(64, 7.5)], None),
         ([point(1, 7.0), point(8, 8.0)], None),  # there is no smaller one
         ([point(4, 7.0), point(8, 8.0)], "smallest"),
