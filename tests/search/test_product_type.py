@@ -2,6 +2,7 @@
 
 import logging
 import re
+import time
 import types
 
 import numpy as np
@@ -110,3 +111,34 @@ def test_a_type_that_is_unknown_is_refused_before_any_search(tmp_path, monkeypat
         Retriever.open([directory], k=1)
     monkeypatch.setenv(product_type.FORCED, "")
     assert product_type.forced_type() is None
+
+
+@pytest.mark.parametrize("cheapest", product_type.TYPES)
+def test_whichever_type_costs_least_is_taken(monkeypatch, cheapest):
+    def turn_of(name, *shape):
+        def turn():
+            end = time.thread_time() + (0.0 if name == cheapest else 0.002)
+            while time.thread_time() < end:
+                pass
+
+        return turn
+
+    monkeypatch.delenv(product_type.FORCED, raising=False)
+    monkeypatch.setattr(product_type, "multiplies_integers", lambda: True)
+    monkeypatch.setattr(product_type, "_turn", turn_of)
+    product_type._fastest.cache_clear()
+    chosen = product_type.choose_products("ip", 40, 200)
+    product_type._fastest.cache_clear()
+    expected = product_type.products_of(cheapest, "ip", 40)
+    assert type(chosen) is type(expected)
+    assert getattr(chosen, "_dtype", None) == getattr(expected, "_dtype", None)
+
+
+def test_integers_are_no_choice_where_the_cpu_has_no_products_of_them(monkeypatch):
+    monkeypatch.setattr(product_type, "multiplies_integers", lambda: False)
+    assert product_type.usable_types() == ["float32", "bfloat16"]
+    monkeypatch.setenv(product_type.FORCED, "int8")
+    with pytest.raises(UserError, match="int8: this CPU, .* use float32 or bfloat16"):
+        product_type.forced_type()
+    monkeypatch.setenv(product_type.FORCED, "bfloat16")
+    assert product_type.forced_type() == "bfloat16"
