@@ -13,6 +13,7 @@ from fairseq_knnlm.encoding.chunks import (
     split_evenly,
     tokens_of_search,
 )
+from fairseq_knnlm.errors import UserError
 
 
 @pytest.mark.parametrize("chunk_tokens", [1, 10, 64, 10**6])
@@ -98,3 +99,15 @@ def test_the_blocks_that_are_looked_back_on(tokens):
 def test_uneven_shares_are_rounded():
     chunks = [range(i, i + 1) for i in range(5)]
     assert [len(shard(chunks, 3, shard_id)) for shard_id in range(3)] == [2, 1, 2]
+
+
+def test_a_share_of_a_short_text_is_one_chunk():
+    sizes = np.array([3, 4, 5])
+    assert share_of_text(sizes, 100, 1, 0) == [range(3)]
+    assert share_of_text(sizes[:0], 100, 2, 1) == []
+
+
+@pytest.mark.parametrize("shard_id", [-1, 3, 4])
+def test_a_share_that_is_not_there_is_refused(shard_id):
+    with pytest.raises(UserError, match=r"^shard: shard_id must be a whole number .* <= 2"):
+        shard([range(3), range(3, 5)], 3, shard_id)
