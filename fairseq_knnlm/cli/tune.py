@@ -141,6 +141,7 @@ def _results(cfg, task, chosen: Chosen, summary: dict, points: list[KNNGridPoint
         "perplexity": measured[f"{method}_perplexity"],
         "bits_per_byte": measured.get(f"{method}_bits_per_byte"),
         **circumstances(task, in_effect, context_settings(cfg), measured["split"]),
+        "gate": None if chosen.gate is None else chosen.gate.kind,
         **summary,
         "grid": [point._asdict() for point in points],
     }

@@ -16,9 +16,9 @@ from fairseq_knnlm.datastore import file_fingerprint, read_manifest
 from fairseq_knnlm.errors import UserError
 from fairseq_knnlm.plugin import results
 
-COMMON = {"program", "tokens", "model", "data", "context", "datastores", "gate", "versions"}
+COMMON = {"program", "tokens", "model", "data", "context", "datastores", "versions"}
 BYTES = ["bytes", "bits_per_byte", "base_bits_per_byte"]
-SCORED = {*COMMON, "settings", "perplexity", "base_perplexity"}
+SCORED = {*COMMON, "settings", "gate", "perplexity", "base_perplexity"}
 
 
 @pytest.fixture
