@@ -298,7 +298,7 @@ def unused_neighbor_flags(flags) -> list[str]:
 
 def _field_of(setting: str) -> str:
     """The field of the flags' dataclass for a field of ``Settings``."""
-    return setting if setting.startswith(("knn_", "trime_")) else f"knn_{setting}"
+    return flag_of(setting)[len("--") :].replace("-", "_")
 
 
 def given_settings(flags) -> dict:

@@ -158,8 +158,9 @@ class KNNScorer:
             )
         return log_p
 
-    def _encode(self, model, sample: dict, log_probs: bool = True):
-        options = {"log_probs": log_probs, "softmax_batch": self._softmax_batch}
+    def _encode(self, model, sample: dict, **wanted: bool):
+        """Encode a sample; *wanted*: what of it beside log p_lm, as ``encode`` names it."""
+        options = {"softmax_batch": self._softmax_batch, **wanted}
         options["confidence"] = self._gated is not None and self._gated.gate.looks_before
         if self._retriever is None and self._cache is None:
             encoded = encode(model, sample, **options)

@@ -9,8 +9,6 @@ from typing import TYPE_CHECKING, Optional
 
 import torch
 
-from ..encoding.encode import encode, refuse_not_finite
-from ..encoding.key_extractor import extractor_of
 from ..probability.batch_memory import joint_log_probs
 from ..probability.knn import knn_log_probs
 from ..probability.mixture import mix
@@ -82,21 +80,8 @@ class TrimeScorer(KNNScorer):
         )
         super().__init__(retriever, settings, reader, key, softmax_batch, bos, recorder)
 
-    def _encode(self, model, sample: dict, log_probs: bool = True):
-        with extractor_of(model, self._key) as extractor:
-            encoded = encode(
-                model,
-                sample,
-                extractor,
-                log_probs=log_probs,
-                softmax_batch=self._softmax_batch,
-                log_normalizer=log_probs,
-            )
-        refuse_not_finite(encoded)
-        return encoded
-
     def _log_probs(self, model, sample: dict) -> torch.Tensor:
-        encoded, targets = self._encode(model, sample), sample["target"]
+        encoded, targets = self._encode(model, sample, log_normalizer=True), sample["target"]
         log_p_knn = None
         every, matching = self._cache.log_probs(encoded.keys, sample)
         log_p_memory = matching - every

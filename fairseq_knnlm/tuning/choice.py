@@ -6,7 +6,7 @@ import logging
 import os
 import shlex
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple, Optional
 
 import numpy as np
@@ -235,23 +235,26 @@ def measure(
             f"{split}: {result[f'{name}_perplexity']:.2f} {METHODS[name]}: {change.value:+.2%}, "
             f"{bootstrap.in_words(change, counted=unit)}"
         )
+    for name, what, without, mixed in _besides(log_probs):
+        change = paired_interval(without, mixed, documents)
+        result[name] = change._asdict()
+        logger.info(
+            f"{split}: what {what}: {change.value:+.2%}, {bootstrap.in_words(change, counted=unit)}"
+        )
+    if "gate" in log_probs:
+        result["skip_curve"] = chosen.skip_curve(data, starts)
+    return result
+
+
+def _besides(log_probs: dict) -> Iterator[tuple[str, str, torch.Tensor, torch.Tensor]]:
+    """Each change of ``BESIDES``: its name, what makes it, and log p without and with that."""
     if "gate" in log_probs:
         constant = log_probs.get("knn_cache", log_probs["knn"])
-        change = paired_interval(constant, log_probs["gate"], documents)
-        result["gate_change_from_constant"] = change._asdict()
-        logger.info(
-            f"{split}: what the gate adds to constant weights: {change.value:+.2%}, "
-            f"{bootstrap.in_words(change, counted=unit)}"
-        )
-        result["skip_curve"] = chosen.skip_curve(data, starts)
+        what = "the gate adds to constant weights"
+        yield "gate_change_from_constant", what, constant, log_probs["gate"]
     if "knn_cache" in log_probs:
-        change = paired_interval(log_probs["knn"], log_probs["knn_cache"], documents)
-        result["knn_cache_change_from_knn"] = change._asdict()
-        logger.info(
-            f"{split}: what the cache adds to neighbours: {change.value:+.2%}, "
-            f"{bootstrap.in_words(change, counted=unit)}"
-        )
-    return result
+        what = "the cache adds to neighbours"
+        yield "knn_cache_change_from_knn", what, log_probs["knn"], log_probs["knn_cache"]
 
 
 def _bits_per_byte(log_probs: dict, text_bytes: Optional[int]) -> dict:

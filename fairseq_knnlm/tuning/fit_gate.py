@@ -16,13 +16,11 @@ from ..gating.gates import (
     quality,
 )
 from ..probability.weights import best_weights
-from .gate_data import GateData, mixture, weigh
+from .gate_data import LEAST_LOG_P, GateData, mixture, weigh
 
 # Buckets, of which each has at least so many tokens (Drozdov et al., 2022, have 32 and more).
 _BUCKETS, _LEAST_TOKENS = 32, 50
 _NEST_STEPS = 100
-# In place of -inf, whose derivative is not defined.
-_LEAST_LOG_P = -1e4
 
 
 def held_out(data: GateData, fit: Callable[[GateData], Gate]) -> torch.Tensor:
@@ -111,7 +109,7 @@ def fit_nest(data: GateData, k: int, temperature: float) -> Nest:
         temperature (float): T > 0, of p_knn.
     """
     defined = ~data.log_probs.isnan().any(dim=1)
-    log_probs = data.log_probs[defined].double().clamp(min=_LEAST_LOG_P)
+    log_probs = data.log_probs[defined].double().clamp(min=LEAST_LOG_P)
     ratio = quality(data.distances, "ratio")[defined].double()
     with_cache = log_probs.size(1) > 2
     # alpha, ln tau and the log-odds of the cache's share

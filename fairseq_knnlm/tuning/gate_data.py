@@ -1,6 +1,6 @@
 """What a gate is fitted to, and what it makes of a text: all of one saved retrieval."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple, Optional
 
 import numpy as np
@@ -19,8 +19,10 @@ FOLDS = 5
 _BLOCK_TOKENS = 1000
 # Shares of the searches in the curve over what skipping them costs.
 _SKIPS = tuple(step / 20 for step in range(21))
-# Rows that are weighed at a time.
+# Rows that are looked at or weighed at a time.
 _ROWS = 4096
+# In place of -inf and nan, whose derivatives are not defined.
+LEAST_LOG_P = -1e4
 
 
 class GateData(NamedTuple):
@@ -76,6 +78,11 @@ class GateData(NamedTuple):
         """
         return GateData(*(None if part is None else part[wanted] for part in self))
 
+    def pieces(self) -> Iterator["GateData"]:
+        """All tokens in their order, as many at a time as are looked at or weighed together."""
+        for start in range(0, len(self.folds), _ROWS):
+            yield self.rows(slice(start, start + _ROWS))
+
 
 def folds_of(count: int, document_starts: Sequence[int]) -> np.ndarray:
     """Which fold each token of a text is held out in: whole documents, of about as many tokens.
@@ -112,8 +119,7 @@ def look(gate: Gate, data: TuningData) -> Optional[torch.Tensor]:
 
 def weigh(gate: Gate, data: GateData) -> Weights:
     """The weights that a gate gives to all tokens of a text."""
-    pieces = (data.rows(slice(start, start + _ROWS)) for start in range(0, len(data.folds), _ROWS))
-    weights = [gate.weigh(each.before, each.distances, each.values) for each in pieces]
+    weights = [gate.weigh(each.before, each.distances, each.values) for each in data.pieces()]
     return Weights(*(torch.cat(parts) for parts in zip(*weights)))
 
 

@@ -20,22 +20,18 @@ from ..gating.network import GateNetwork
 from ..gating.ngram_counts import NgramCounts
 from ..probability.mixture import mix
 from ..probability.weights import best_weights
-from .gate_data import FOLDS, GateData
+from .gate_data import FOLDS, LEAST_LOG_P, GateData
 
 # Temperatures whose p_knn the gate weighs, as multiples of the one that was tuned: a mixture of
 # them gives each token its own.
 TEMPERATURES = (0.25, 0.5, 1.0, 2.0, 4.0)
 _EPOCHS, _BATCH, _LEARNING_RATE, _WEIGHT_DECAY = 8, 1024, 3e-3, 1e-2
 _SEED = 1
-# In place of -inf and nan, whose derivatives are not defined.
-_LEAST_LOG_P = -1e4
 _LEAST_WEIGHT = 1e-3
 # Gains are cut to these, in nats: a few tokens would count for more than all others.
 _GAINS = (-2.0, 6.0)
 # Steps of the quantiles of what a search is worth.
 _QUANTILES = 1000
-# Rows whose features are computed at a time.
-_ROWS = 4096
 
 
 class _Stage(NamedTuple):
@@ -73,7 +69,7 @@ def train_gate(
         (N,). Both are the same for the same data, on one machine.
     """
     temperatures = [factor * temperature for factor in TEMPERATURES]
-    log_probs = data.log_probs.nan_to_num(nan=_LEAST_LOG_P).clamp(min=_LEAST_LOG_P)
+    log_probs = data.log_probs.nan_to_num(nan=LEAST_LOG_P).clamp(min=LEAST_LOG_P)
     weights = best_weights(log_probs.unbind(dim=1))
     after = _Stage(
         torch.cat([_after_search(data, temperature), data.before], dim=1),
@@ -133,7 +129,7 @@ def _without_neighbors(log_probs: torch.Tensor, count: int) -> tuple[float, torc
 
 
 def _after_search(data: GateData, temperature: float) -> torch.Tensor:
-    pieces = (data.rows(slice(start, start + _ROWS)) for start in range(0, len(data.folds), _ROWS))
+    pieces = data.pieces()
     return torch.cat([after_search(each.distances, each.values, temperature) for each in pieces])
 
 
